@@ -1,0 +1,97 @@
+"""A directory that appears whole or not at all.
+
+It is made as a hidden sibling, `.NAME.preparing`, and renamed at the end. Whatever kills the
+process, nothing is left under the final name; leftovers of a killed process are removed by the
+next one. A lock tells leftovers from the work of a process that is alive.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+
+from chinchilla_jax.errors import UserError
+
+try:
+  import fcntl
+except ImportError:  # Windows: no lock, so do not prepare one store twice at once
+  fcntl = None
+
+_LOCK = ".lock"
+
+
+def staging_path(path: str) -> str:
+  """Where the directory `path` is made before it gets its name."""
+  parent, name = os.path.split(os.path.abspath(path))
+  return os.path.join(parent, f".{name}.preparing")
+
+
+def _old_path(path: str) -> str:
+  parent, name = os.path.split(os.path.abspath(path))
+  return os.path.join(parent, f".{name}.old")
+
+
+def recover(path: str):
+  """Completes or undoes what a killed process left of a replacement of `path`."""
+  old = _old_path(path)
+  if os.path.isdir(old):
+    if os.path.exists(path):
+      shutil.rmtree(old)
+    else:
+      os.rename(old, path)
+
+
+@contextlib.contextmanager
+def staged(path: str) -> Iterator[str]:
+  """Yields an empty directory that becomes `path` when the block ends without an exception.
+
+  A directory at `path` is replaced; it stays in place until the new one is complete.
+
+  Raises:
+    UserError: another process is making the same directory, or the place cannot be written.
+  """
+  path = os.path.abspath(path)
+  tmp = staging_path(path)
+  try:
+    os.makedirs(tmp, exist_ok=True)
+    lock = open(os.path.join(tmp, _LOCK), "w")
+  except OSError as error:
+    raise UserError(f"cannot write {path} ({error.strerror}): choose another place with "
+                    f"--config.data.store") from error
+  with lock:
+    _lock(lock, path)
+    try:
+      _clear(tmp)
+      yield tmp
+      recover(path)
+      os.unlink(os.path.join(tmp, _LOCK))
+      if os.path.isdir(path):
+        os.rename(path, _old_path(path))
+      os.rename(tmp, path)
+      recover(path)
+    except BaseException:  # also KeyboardInterrupt: nothing may stay behind
+      shutil.rmtree(tmp, ignore_errors=True)
+      recover(path)
+      raise
+
+
+def _lock(file, path: str):
+  if fcntl is None:
+    return
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as error:
+    raise UserError(f"another process is preparing {path}: wait for it, or choose another place "
+                    f"with --config.data.store") from error
+  except OSError:  # a file system without locks: go on without
+    pass
+
+
+def _clear(folder: str):
+  for name in os.listdir(folder):
+    if name != _LOCK:
+      entry = os.path.join(folder, name)
+      if os.path.isdir(entry):
+        shutil.rmtree(entry)
+      else:
+        os.unlink(entry)

@@ -1,0 +1,128 @@
+"""Metrics, one step late, and where they go: JSON lines, TensorBoard, W&B, console."""
+
+import json
+import os
+import time
+from typing import Any
+
+import rich.console
+import rich.progress
+
+from chinchilla_jax.errors import UserError
+
+Record = dict[str, Any]
+
+
+class JsonLines:
+  """metrics.jsonl: one JSON object a line, appended."""
+
+  def __init__(self, path):
+    self._file = open(path, "a")
+
+  def write(self, record: Record) -> None:
+    self._file.write(json.dumps(record) + "\n")
+
+  def flush(self) -> None:
+    self._file.flush()
+    os.fsync(self._file.fileno())
+
+  def close(self) -> None:
+    self.flush()
+    self._file.close()
+
+
+class TensorBoard:
+  """Event files, one tag a number."""
+
+  def __init__(self, path, step: int):
+    import tensorboardX
+    # Points after the step that a run restarts from are not shown twice.
+    self._writer = tensorboardX.SummaryWriter(str(path), purge_step=step + 1)
+
+  def write(self, record: Record) -> None:
+    for name, value in record.items():
+      if isinstance(value, (int, float)) and name != "step":
+        self._writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+
+  def flush(self) -> None:
+    self._writer.flush()
+
+  def close(self) -> None:
+    self._writer.close()
+
+
+class WeightsAndBiases:
+  """A W&B run, resumed under the same id by the same folder."""
+
+  def __init__(self, project: str, name: str, folder, config: Record):
+    try:
+      import wandb
+    except ImportError:
+      raise UserError("config.logging.wandb: wandb is not installed; pip install wandb, or leave "
+                      "the field empty") from None
+    self._run = wandb.init(project=project, name=name, dir=str(folder), id=name, resume="allow",
+                           config=config)
+
+  def write(self, record: Record) -> None:
+    self._run.log({f"{record['kind']}/{name}": value for name, value in record.items()
+                   if isinstance(value, (int, float))}, step=record["step"])
+
+  def flush(self) -> None:
+    pass
+
+  def close(self) -> None:
+    self._run.finish()
+
+
+class Console:
+  """A progress bar on a terminal, plain lines elsewhere."""
+
+  def __init__(self, total_steps: int, first_step: int, plain_every: int):
+    self._console = rich.console.Console(highlight=False, soft_wrap=True)
+    self._plain_every = plain_every
+    self._total = total_steps
+    self._first = first_step
+    self._started = time.monotonic()
+    self._bar = None
+    if self._console.is_terminal:
+      self._bar = rich.progress.Progress(
+          rich.progress.TextColumn("step {task.completed:,}/{task.total:,}"),
+          rich.progress.BarColumn(), rich.progress.TextColumn("{task.description}"),
+          rich.progress.TimeElapsedColumn(), rich.progress.TextColumn("ETA"),
+          rich.progress.TimeRemainingColumn(elapsed_when_finished=False),
+          console=self._console, speed_estimate_period=120)
+      self._task = self._bar.add_task("compiling", total=total_steps, completed=first_step)
+      self._bar.start()
+
+  def print(self, text: str) -> None:
+    """A line above the bar."""
+    self._console.print(text, markup=False)
+
+  def write(self, record: Record) -> None:
+    if record["kind"] == "eval":
+      self.print(f"step {record['step']:,}  validation {record['loss']:.4f} nats/token  "
+                 f"{record['bits_per_byte']:.4f} bits/byte")
+      return
+    speed = f"{record['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in record else ""
+    text = f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  {speed}"
+    if "mfu" in record:
+      text += f"  MFU {record['mfu']:.1%}"
+    if self._bar is not None:
+      self._bar.update(self._task, completed=record["step"], description=text)
+    elif record["step"] % self._plain_every == 0 or record["step"] == self._total:
+      done = record["step"] - self._first
+      left = (time.monotonic() - self._started) / done * (self._total - record["step"])
+      self.print(f"step {record['step']:,}/{self._total:,}  {text}  ETA {_clock(left)}")
+
+  def flush(self) -> None:
+    pass
+
+  def close(self) -> None:
+    if self._bar is not None:
+      self._bar.stop()
+
+
+def _clock(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02d}:{seconds:02d}"

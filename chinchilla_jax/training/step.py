@@ -1,0 +1,105 @@
+"""The training step and the evaluation step: pure functions that lower without devices."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from chinchilla_jax import config as schema
+from chinchilla_jax.model import transformer
+from chinchilla_jax.training import loss
+from chinchilla_jax.training.optimizer import AdamW
+from chinchilla_jax.training.state import State
+
+Batch = dict[str, jax.Array]  # inputs_bt, targets_bt, segments_bt: int32; weights_bt: float32.
+
+
+def loss_sums(experiment: schema.Experiment, params: Any, batch: Batch):
+  """(objective, nll): weighted sums over the targets of a batch, in nats, float32."""
+  x_btd = transformer.hidden(experiment.model, params, batch["inputs_bt"], batch["segments_bt"],
+                             jnp.dtype(experiment.precision.activations))
+  return loss.cross_entropy(
+      x_btd.reshape(-1, x_btd.shape[-1]), params["embedding"]["table"],
+      params["embedding"]["logit_bias"], batch["targets_bt"].reshape(-1),
+      batch["weights_bt"].reshape(-1), experiment.loss.z_loss, experiment.loss.chunk)
+
+
+def gradients(experiment: schema.Experiment, params: Any, batch: Batch):
+  """Gradient of the mean loss over a batch, summed over microbatches.
+
+  Every microbatch contributes the gradient of its *sum*; one division by the weight of the
+  whole batch follows, so ragged masks cannot weigh microbatches unequally (law 3).
+
+  Returns:
+    (grads, nll, weight): gradients in the handed-over dtype (float32 if accumulated),
+    sum of nll in nats, sum of the targets' weights.
+  """
+  if experiment.precision.gradients == "float32":
+    params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+  grad_fn = jax.value_and_grad(
+      lambda p, part: loss_sums(experiment, p, part), has_aux=True)
+  weight = jnp.sum(batch["weights_bt"])
+  count = experiment.batch.microbatches
+  if count == 1:
+    (_, nll), grads = grad_fn(params, batch)
+  else:
+    def accumulate(carry, part):
+      grads, nll = carry
+      (_, part_nll), part_grads = grad_fn(params, part)
+      grads = jax.tree.map(lambda g, p: g + p.astype(jnp.float32), grads, part_grads)
+      return (grads, nll + part_nll), None
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    parts = jax.tree.map(lambda a: a.reshape(count, -1, *a.shape[1:]), batch)
+    (grads, nll), _ = jax.lax.scan(accumulate, (zeros, jnp.float32(0)), parts)
+  divisor = jnp.maximum(weight, 1.0)
+  grads = jax.tree.map(lambda g: g.astype(jnp.float32) / divisor, grads)
+  return grads, nll, weight
+
+
+def make_train_step(experiment: schema.Experiment, optimizer: AdamW,
+                    ) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
+  """The step of one experiment: (state, batch) -> (state, metrics).
+
+  Metrics are float32 scalars: `loss` (nats per token), `grad_norm`, `param_norm`,
+  `update_norm`, `learning_rate`, `targets` (weight of the batch), and the guard's
+  `nonfinite_run` and `nonfinite_total`.
+
+  A non-finite loss or gradient leaves parameters and optimizer as they were; the guard
+  counts it.
+  """
+  root = jax.random.key(experiment.seed)
+
+  def train_step(state: State, batch: Batch):
+    grads, nll, weight = gradients(experiment, state["params"], batch)
+    key = jax.random.fold_in(root, state["step"])
+    params, optimizer_state, norms = optimizer.apply(
+        grads, state["optimizer"], state["params"], state["step"], key)
+
+    good = jnp.isfinite(nll) & jnp.isfinite(norms["grad_norm"])
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+    skipped = jnp.where(good, 0, 1)
+    guard = {"nonfinite_run": jnp.where(good, 0, state["guard"]["nonfinite_run"] + 1),
+             "nonfinite_total": state["guard"]["nonfinite_total"] + skipped}
+    new_state = {
+        "step": state["step"] + 1,
+        "params": keep(params, state["params"]),
+        "optimizer": keep(optimizer_state, state["optimizer"]),
+        "guard": guard,
+    }
+    metrics = {"loss": nll / jnp.maximum(weight, 1.0), "targets": weight, **norms, **guard}
+    return new_state, metrics
+
+  return train_step
+
+
+def make_eval_step(experiment: schema.Experiment) -> Callable[..., dict[str, jax.Array]]:
+  """(params, batch, piece_bytes_v) -> sums over the batch: `nll`, `targets`, `bytes`."""
+
+  def eval_step(params: Any, batch: Batch, piece_bytes_v: jax.Array):
+    _, nll = loss_sums(experiment, params, batch)
+    bytes_bt = piece_bytes_v[batch["targets_bt"]].astype(jnp.float32) * batch["weights_bt"]
+    return {"nll": nll, "targets": jnp.sum(batch["weights_bt"]), "bytes": jnp.sum(bytes_bt)}
+
+  return eval_step

@@ -1,0 +1,39 @@
+"""Chinchilla and the models of its analysis: --config=configs/chinchilla.py:70b, :1424m, ...
+
+The argument is a row of Table A9 by its size in millions (44m ... 16183m), or 70b.
+"""
+
+import math
+
+from chinchilla_jax import config_io
+from chinchilla_jax.model import shapes
+
+
+def get_config(name="70b"):
+  config = config_io.default_config()
+  shape = shapes.find(name)
+  config.name = f"chinchilla-{name}"
+  for field in ("n_layers", "d_model", "n_heads", "kv_size", "d_ff", "vocab_size"):
+    config.model[field] = getattr(shape, field)
+  config.model.remat = "full" if shape.n_layers > 24 else "none"
+
+  if name == "70b":  # Table 4: 1.5M tokens a batch, doubled midway.
+    config.run_length = "1.4e12 tokens"
+    config.batch.sequences = 768
+    config.batch.ramp = (("50%", 1536),)
+    config.optimizer.peak_lr = 1e-4
+  else:
+    config.run_length = "20 tokens/param"
+    config.batch.sequences = 128
+    config.optimizer.peak_lr = _peak_lr(shapes.count_parameters(shape))
+  return config
+
+
+def _peak_lr(n_params):
+  """2e-4 for the smallest models and 1.25e-4 for the largest (section 3.1).
+
+  The paper does not say how the rates between were chosen: here, linearly in log N.
+  """
+  smallest, largest = 44e6, 16.2e9
+  share = math.log(n_params / smallest) / math.log(largest / smallest)
+  return 2e-4 + (1.25e-4 - 2e-4) * min(1.0, max(0.0, share))
