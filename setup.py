@@ -32,6 +32,7 @@ setup(
         "zstandard>=0.23",
         "numpy>=2.0",
         "rich>=13.7",
+        "importlib_resources>=6.4",  # TFDS imports it without asking for it.
         "tensorboardX>=2.6.2",
     ],
     extras_require={

@@ -33,8 +33,8 @@ def describe_machine() -> str:
     with open("/proc/cpuinfo") as file:
       names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
     processor = names[0] if names else processor
-  versions = ", ".join(f"{name} {importlib.metadata.version(name)}"
-                       for name in ("numpy", "sentencepiece", "array_record", "tensorflow-datasets"))
+  packages = ("numpy", "sentencepiece", "array_record", "tensorflow-datasets")
+  versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
   return (f"{os.cpu_count()} cores, {processor}; Python {platform.python_version()}, {versions}; "
           f"load {os.getloadavg()[0]:.1f}")
 
@@ -81,8 +81,8 @@ def main():
         cursor += args.count
       speeds.append(args.batches * args.count * args.seq_len / (time.perf_counter() - start))
   median = statistics.median(speeds)
-  print(f"{args.repetitions} repetitions of {args.batches} batches of {args.count} x {args.seq_len}: "
-        f"median {median / 1e6:.1f} million tokens/s, {min(speeds) / 1e6:.1f} to "
+  print(f"{args.repetitions} repetitions of {args.batches} batches of {args.count} x "
+        f"{args.seq_len}: median {median / 1e6:.1f} million tokens/s, {min(speeds) / 1e6:.1f} to "
         f"{max(speeds) / 1e6:.1f}; bar {BAR / 1e6:.0f}: {'met' if median >= BAR else 'MISSED'}")
 
 

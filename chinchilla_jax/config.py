@@ -105,8 +105,8 @@ class Corpus:
 
   sources: tuple[str, ...] = setting(
       ("stdlib",), "text on every machine; else files, folders, globs, or tfds:NAME", kind="store")
-  text_field: str = setting("text", "field of JSON lines, Parquet and TFDS records that is the text",
-                            kind="store")
+  text_field: str = setting(
+      "text", "field of JSON lines, Parquet and TFDS records that is the text", kind="store")
   tfds_data_dir: str = setting("", "where TFDS keeps its datasets; empty: TFDS's default",
                                kind="layout")
   validation_fraction: float = setting(
@@ -176,7 +176,8 @@ class Schedule:
   final_ratio: float = setting(
       0.1, "Chinchilla: cosine to a tenth of the peak; wsd ends at 0 in its paper", at_least=0,
       at_most=1)
-  cooldown: str = setting("20%", "Hägele et al. 2024; 1-sqrt; read when shape is wsd", duration=True)
+  cooldown: str = setting(
+      "20%", "Hägele et al. 2024; 1-sqrt; read when shape is wsd", duration=True)
 
 
 @dataclasses.dataclass(frozen=True)

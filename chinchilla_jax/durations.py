@@ -19,7 +19,8 @@ UNITS = {
 }
 _ALIASES = {"step": "steps", "token": "tokens", "epoch": "epochs", "flop": "flops",
             "tokens/parameter": "tokens/param", "percent": "%"}
-_PATTERN = re.compile(r"\s*([0-9][0-9_,]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?|\.[0-9]+)\s*([a-zA-Z/%]+)\s*")
+_NUMBER = r"[0-9][0-9_,]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?|\.[0-9]+"
+_PATTERN = re.compile(rf"\s*({_NUMBER})\s*([a-zA-Z/%]+)\s*")
 
 
 @dataclasses.dataclass(frozen=True)

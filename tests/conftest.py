@@ -7,6 +7,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import dataclasses  # noqa: E402
 import pathlib  # noqa: E402
+import tempfile  # noqa: E402
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -16,6 +17,11 @@ from chinchilla_jax import config_io  # noqa: E402
 
 # Shapes that broadcast by accident are bugs.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A run and the run that resumes it are one program: compile it once a session.
+_CACHE = tempfile.TemporaryDirectory()
+jax.config.update("jax_compilation_cache_dir", _CACHE.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -65,3 +71,13 @@ def tiny_store(tmp_path_factory) -> str:
 @pytest.fixture
 def tiny(tiny_store) -> schema.Experiment:
   return tiny_experiment(tiny_store)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_store, tmp_path_factory) -> tuple[schema.Experiment, pathlib.Path]:
+  """An uninterrupted run of 12 steps: (experiment, folder)."""
+  from chinchilla_jax.training import loop
+  experiment, workdir = tiny_experiment(tiny_store), tmp_path_factory.mktemp("runs") / "whole"
+  outcome = loop.train(experiment, workdir)
+  assert (outcome.step, outcome.total_steps, outcome.signal) == (12, 12, None)
+  return experiment, workdir

@@ -85,7 +85,7 @@ class File:
 def documents(config, skipped: Skipped | None = None) -> Iterator[Document]:
   """Streams the documents of a corpus in a fixed order; memory is bounded by one record.
 
-  Files larger than `formats.PART_BYTES` come in parts (`Document.first`).
+  What is larger than `formats.PART_BYTES` comes in parts (`Document.first`).
 
   Args:
     config: the `corpus` section.
@@ -103,7 +103,9 @@ def documents(config, skipped: Skipped | None = None) -> Iterator[Document]:
       elif not item:
         skipped.add("empty", id)
       else:
-        yield Document(id, item, first)
+        for part in formats.parts(item):
+          yield Document(id, part, first)
+          first = False
 
 
 def sources(config) -> Iterator[Iterator[tuple[str, bytes | formats.Skip, bool]]]:

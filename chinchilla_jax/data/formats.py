@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from chinchilla_jax.errors import UserError
 
-PART_BYTES = 4 << 20  # text files above this are read in parts of this size
+PART_BYTES = 4 << 20  # documents above this are handed on in parts of at most this size
 _ROWS = 256  # Parquet rows in memory at once
 
 
@@ -133,6 +133,16 @@ def _text(id: str, path: str) -> Iterator[Item]:
       rest = block[cut:]
     if rest:
       yield id, rest, first
+
+
+def parts(utf8: bytes) -> Iterator[bytes]:
+  """Cuts a text into parts of at most `PART_BYTES`."""
+  start = 0
+  while len(utf8) - start > PART_BYTES:
+    end = start + _cut(utf8[start:start + PART_BYTES])
+    yield utf8[start:end]
+    start = end
+  yield utf8[start:] if start else utf8
 
 
 def _cut(block: bytes) -> int:

@@ -34,6 +34,13 @@ def fingerprint(ledger: dict) -> str:
   return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
+def refuse_remote(folder: str):
+  """ArrayRecord reads local files only, and would wait for ever on some remote ones."""
+  if "://" in folder:
+    raise UserError(f"{folder} is remote: keep the token store on a local disk (copy it, and point "
+                    f"--config.data.store there)")
+
+
 def write(folder: str, ledger: dict):
   with open(os.path.join(folder, FILE), "w", encoding="utf-8") as file:
     json.dump(ledger, file, indent=2, sort_keys=True)
@@ -46,6 +53,7 @@ def read(folder: str) -> dict:
   Raises:
     UserError: no store there, or its ledger is damaged or of a newer version.
   """
+  refuse_remote(folder)
   path = os.path.join(folder, FILE)
   try:
     with open(path, "rb") as file:

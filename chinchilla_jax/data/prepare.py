@@ -36,7 +36,6 @@ def prepare(config, *, overwrite: bool = False, n_workers: int = 0, quiet: bool 
   start = time.monotonic()
   progress = Progress(quiet)
   store = os.path.expanduser(config.data.store)
-  staging.recover(store)
   _refuse_foreign(store)
   tokenizer = tokenizers.load(config.tokenizer.path) if config.tokenizer.path else None
   settings = _settings(config, tokenizer)
@@ -87,6 +86,8 @@ def summary(store: str, ledger: dict, seconds: float | None = None) -> list[str]
 
 def _refuse_foreign(store: str):
   """Never replaces anything but a store."""
+  ledgers.refuse_remote(store)
+  staging.recover(store)
   if os.path.isfile(store):
     raise UserError(f"{store} is a file: choose another --config.data.store")
   if (os.path.isdir(store) and os.listdir(store)

@@ -6,6 +6,7 @@ next one. A lock tells leftovers from the work of a process that is alive.
 """
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ except ImportError:  # Windows: no lock, so do not prepare one store twice at on
   fcntl = None
 
 _LOCK = ".lock"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def staging_path(path: str) -> str:
@@ -69,9 +71,12 @@ def staged(path: str) -> Iterator[str]:
         os.rename(path, _old_path(path))
       os.rename(tmp, path)
       recover(path)
-    except BaseException:  # also KeyboardInterrupt: nothing may stay behind
+    except BaseException as error:  # also KeyboardInterrupt: nothing may stay behind
       shutil.rmtree(tmp, ignore_errors=True)
       recover(path)
+      if isinstance(error, OSError) and error.errno in _FULL:
+        raise UserError(f"no space left to write {path} ({error.strerror}): free some, or choose "
+                        f"another place with --config.data.store") from error
       raise
 
 

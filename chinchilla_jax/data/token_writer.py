@@ -4,6 +4,7 @@ Streaming: one chunk of each split is in memory. TFDS writes its own description
 that plain TFDS reads the store; TensorFlow is not involved.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import os
@@ -15,6 +16,7 @@ import chinchilla_jax
 from chinchilla_jax.data import ledger as ledgers
 from chinchilla_jax.data import tokens
 from chinchilla_jax.data.tokenizer import Tokenizer
+from chinchilla_jax.errors import UserError
 
 SHARD_BYTES = 1 << 30  # of one file
 _WRITER = "group_size:1,uncompressed"  # random access: no record waits for its neighbours
@@ -71,9 +73,20 @@ class SplitWriter:
             "sha256": self._sha256.hexdigest(), "files": files}
 
   def close(self):
-    if self._writer is not None:
-      self._writer.close()
-      self._writer = None
+    """Closes the open file; harmless where none is open."""
+    writer, self._writer = self._writer, None
+    if writer is not None:
+      with self._telling_what_failed():
+        writer.close()
+
+  @contextlib.contextmanager
+  def _telling_what_failed(self):
+    try:
+      yield
+    except RuntimeError as error:  # how ArrayRecord says that a disk is full
+      raise UserError(f"cannot write the token store in {os.path.dirname(self._folder)} "
+                      f"({str(error).splitlines()[0]}): free some space, or choose another place "
+                      f"with --config.data.store") from error
 
   def _path(self, shard: int) -> str:
     return os.path.join(self._folder, f"{self.name}-{shard}.partial")
@@ -85,7 +98,8 @@ class SplitWriter:
       self._writer = array_record_module.ArrayRecordWriter(
           self._path(len(self._chunks)), _WRITER)
       self._chunks.append(0)
-    self._writer.write(self._frame + chunk.tobytes())
+    with self._telling_what_failed():
+      self._writer.write(self._frame + chunk.tobytes())
     self._sha256.update(chunk[:n_ids].tobytes())
     self._chunks[-1] += 1
 

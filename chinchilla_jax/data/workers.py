@@ -62,8 +62,8 @@ def encode(tokenizer: Tokenizer, items: Iterable[Work], n_workers: int
     while in_flight:
       yield from _results(in_flight.popleft())
   except concurrent.futures.process.BrokenProcessPool as error:
-    raise UserError("an encoding process was killed, probably for want of memory: run again with "
-                    "fewer --workers") from error
+    raise UserError("an encoding process was killed, probably for want of memory: free some and "
+                    "run again") from error
   finally:
     pool.shutdown(cancel_futures=True)
 

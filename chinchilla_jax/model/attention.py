@@ -22,7 +22,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from chinchilla_jax import config as schema
-from chinchilla_jax.model.layers import RMSNorm, einsum_float32, weight, zeros
+from chinchilla_jax.model.layers import RMSNorm, add, product, weight, zeros
 
 MIXED = "attention_mixed"  # what remat policies call the values mixed by attention
 _MASKED = -1e30  # finite, so that a gradient through it is 0 and not NaN
@@ -31,9 +31,9 @@ _MASKED = -1e30  # finite, so that a gradient through it is 0 and not NaN
 class Layer(NamedTuple):
   """One layer's part of a KV cache of length S: a row per position, and the relative keys."""
 
-  key_bshk: jax.Array
-  value_bshk: jax.Array
-  relative_nhk: jax.Array | None  # W_r R_n for n = S ... 0; None with rotary positions
+  key_hbsk: jax.Array
+  value_hbsk: jax.Array
+  relative_hnk: jax.Array | None  # W_r R_n for n = S ... 0; None with rotary positions
 
 
 def sinusoid(distances_n: jax.Array, d_model: int) -> jax.Array:
@@ -46,22 +46,22 @@ def sinusoid(distances_n: jax.Array, d_model: int) -> jax.Array:
   return jnp.concatenate([jnp.sin(angle_nd), jnp.cos(angle_nd)], axis=-1)
 
 
-def rotate(x_bthk: jax.Array, positions_t: jax.Array, base: float) -> jax.Array:
+def rotate(x_hbtk: jax.Array, positions_t: jax.Array, base: float) -> jax.Array:
   """Rotary position embedding (Su et al. 2021) in its half-split form.
 
   Dimension i is paired with i + kv_size / 2, as in GPT-NeoX and Llama; the paper pairs 2i with
   2i + 1. The two differ by a permutation of the columns of W_q and W_k.
   """
-  half = x_bthk.shape[-1] // 2
+  half = x_hbtk.shape[-1] // 2
   frequency_k = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angle_tk = positions_t.astype(jnp.float32)[:, None] * frequency_k[None, :]
-  cos, sin = jnp.cos(angle_tk)[None, :, None, :], jnp.sin(angle_tk)[None, :, None, :]
-  first, second = jnp.split(x_bthk.astype(jnp.float32), 2, axis=-1)
+  cos, sin = jnp.cos(angle_tk)[None, None], jnp.sin(angle_tk)[None, None]
+  first, second = jnp.split(x_hbtk.astype(jnp.float32), 2, axis=-1)
   rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-  return rotated.astype(x_bthk.dtype)
+  return rotated.astype(x_hbtk.dtype)
 
 
-def _shift(scores_bhcn: jax.Array) -> jax.Array:
+def _shift(scores_hbcn: jax.Array) -> jax.Array:
   """Moves row i of a block's C rows left by C - i: (..., C, S + 1) to (..., C, S).
 
   Going in, column m holds distance (block's last row) + 1 - m. Coming out, column j holds
@@ -69,36 +69,37 @@ def _shift(scores_bhcn: jax.Array) -> jax.Array:
   later than the query: the mask covers it. Reading the rows as one line and dropping its first
   C numbers does just this, with one copy and no gather (Dai et al. 2019, appendix B).
   """
-  *batch, c, n = scores_bhcn.shape
-  return scores_bhcn.reshape(*batch, c * n)[..., c:].reshape(*batch, c, n - 1)
+  *batch, c, n = scores_hbcn.shape
+  return scores_hbcn.reshape(*batch, c * n)[..., c:].reshape(*batch, c, n - 1)
 
 
-def _attend(q_bchk, k_bshk, v_bshk, mask_bcs, relative):
+def _attend(q_hbck, k_hbsk, v_hbsk, mask_bcs, relative):
   """Attention of one block of C query rows over S keys.
 
   Args:
-    q_bchk, k_bshk, v_bshk: queries, keys, values in the activation dtype.
+    q_hbck, k_hbsk, v_hbsk: queries, keys, values in the activation dtype.
     mask_bcs: who sees whom; a batch axis of 1 where every sequence has the same mask. Every
       row sees something.
-    relative: (r_nhk, u_hk, v_hk), r for the S + 1 distances that `_shift` asks for; or None.
+    relative: (r_hnk, u_hk, v_hk), r for the S + 1 distances that `_shift` asks for; or None.
 
   Returns:
-    Values mixed by the softmax, out_bchk.
+    Values mixed by the softmax, out_hbck.
   """
-  q_content = q_bchk
+  q_content = q_hbck
   if relative is not None:
-    r_nhk, u_hk, v_hk = relative
-    q_content = q_bchk + u_hk[None, None]
-  scores_bhcs = einsum_float32("bchk,bshk->bhcs", q_content, k_bshk)
+    r_hnk, u_hk, v_hk = relative
+    q_content = add(q_hbck, u_hk[:, None, None])
+  scores_hbcs = product("hbck,hbsk->hbcs", q_content, k_hbsk, jnp.float32)
   if relative is not None:
-    scores_bhcs += _shift(einsum_float32("bchk,nhk->bhcn", q_bchk + v_hk[None, None], r_nhk))
-  scores_bhcs = jnp.where(mask_bcs[:, None], scores_bhcs / math.sqrt(q_bchk.shape[-1]), _MASKED)
-  top_bhc = jax.lax.stop_gradient(jnp.max(scores_bhcs, axis=-1, keepdims=True))
-  weights_bhcs = jnp.exp(scores_bhcs - top_bhc)
+    q_position = add(q_hbck, v_hk[:, None, None])
+    scores_hbcs += _shift(product("hbck,hnk->hbcn", q_position, r_hnk, jnp.float32))
+  scores_hbcs = jnp.where(mask_bcs[None], scores_hbcs / math.sqrt(q_hbck.shape[-1]), _MASKED)
+  top_hbc = jax.lax.stop_gradient(jnp.max(scores_hbcs, axis=-1, keepdims=True))
+  weights_hbcs = jnp.exp(scores_hbcs - top_hbc)
   # Dividing the mixed values, not the weights, saves a pass over the scores in each direction.
-  total_bch = jnp.swapaxes(jnp.sum(weights_bhcs, axis=-1), 1, 2)
-  mixed_bchk = einsum_float32("bhcs,bshk->bchk", weights_bhcs.astype(v_bshk.dtype), v_bshk)
-  return (mixed_bchk / total_bch[..., None]).astype(q_bchk.dtype)
+  total_hbc = jnp.sum(weights_hbcs, axis=-1, keepdims=True)
+  mixed_hbck = product("hbcs,hbsk->hbck", weights_hbcs.astype(v_hbsk.dtype), v_hbsk, jnp.float32)
+  return (mixed_hbck / total_hbc).astype(q_hbck.dtype)
 
 
 class Attention(nnx.Module):
@@ -130,8 +131,8 @@ class Attention(nnx.Module):
     """Each position attends to itself and to earlier positions of its own segment."""
     t = x_btd.shape[1]
     position_t = jnp.arange(t)
-    q_bthk, k_bthk, v_bthk = self._project(x_btd, position_t)
-    r_nhk = self.relative_keys(t, x_btd.dtype)
+    q_hbtk, k_hbtk, v_hbtk = self._project(x_btd, position_t)
+    r_hnk = self.relative_keys(t, x_btd.dtype)
     size = self.config.attention_block or t
     attend = jax.checkpoint(_attend)
     blocks = []
@@ -140,9 +141,9 @@ class Attention(nnx.Module):
       mask = position_t[None, start:stop, None] >= position_t[None, None, :stop]
       if segments_bt is not None:
         mask &= segments_bt[:, start:stop, None] == segments_bt[:, None, :stop]
-      blocks.append(attend(q_bthk[:, start:stop], k_bthk[:, :stop], v_bthk[:, :stop], mask,
-                           self._relative(r_nhk, t - stop, stop)))
-    return self._output(checkpoint_name(jnp.concatenate(blocks, axis=1), MIXED))
+      blocks.append(attend(q_hbtk[:, :, start:stop], k_hbtk[:, :, :stop], v_hbtk[:, :, :stop], mask,
+                           None if r_hnk is None else (r_hnk[:, t - stop:], *self._u_v())))
+    return self._output(checkpoint_name(jnp.concatenate(blocks, axis=2), MIXED))
 
   def decode(self, x_btd: jax.Array, cache: Layer, position: jax.Array,
              context: int | None) -> tuple[jax.Array, Layer]:
@@ -157,15 +158,15 @@ class Attention(nnx.Module):
     Returns:
       (out_btd, cache with the new rows).
     """
-    t, s = x_btd.shape[1], cache.key_bshk.shape[1]
+    t, s = x_btd.shape[1], cache.key_hbsk.shape[2]
     position_t = position + jnp.arange(t)
-    q_bthk, k_bthk, v_bthk = self._project(x_btd, position_t)
-    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=position, axis=1)
-    cache = cache._replace(key_bshk=write(cache.key_bshk, k_bthk),
-                           value_bshk=write(cache.value_bshk, v_bthk))
-    r_nhk = cache.relative_nhk
-    if r_nhk is not None:  # the S keys after the newest one have no distance: masked, so zeros do
-      r_nhk = jnp.pad(r_nhk, ((0, s), (0, 0), (0, 0)))
+    q_hbtk, k_hbtk, v_hbtk = self._project(x_btd, position_t)
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=position, axis=2)
+    cache = cache._replace(key_hbsk=write(cache.key_hbsk, k_hbtk),
+                           value_hbsk=write(cache.value_hbsk, v_hbtk))
+    r_hnk = cache.relative_hnk
+    if r_hnk is not None:  # the S keys after the newest one have no distance: masked, so zeros do
+      r_hnk = jnp.pad(r_hnk, ((0, 0), (0, s), (0, 0)))
     size = self.config.attention_block or t
     blocks = []
     for start in range(0, t, size):
@@ -174,37 +175,37 @@ class Attention(nnx.Module):
       mask_cs = distance_cs >= 0
       if context is not None:
         mask_cs &= distance_cs < context
-      blocks.append(_attend(q_bthk[:, start:stop], cache.key_bshk, cache.value_bshk, mask_cs[None],
-                            self._relative(r_nhk, s - position - stop, s)))
-    return self._output(jnp.concatenate(blocks, axis=1)), cache
+      relative = None
+      if r_hnk is not None:
+        first = s - position - stop  # of the rows: the distance from the block's end to key -1
+        window_hnk = jax.lax.dynamic_slice_in_dim(r_hnk, first, s + 1, axis=1)
+        relative = (window_hnk, *self._u_v())
+      blocks.append(_attend(q_hbtk[:, :, start:stop], cache.key_hbsk, cache.value_hbsk,
+                            mask_cs[None], relative))
+    return self._output(jnp.concatenate(blocks, axis=2)), cache
 
   def relative_keys(self, longest: int, dtype: jax.typing.DTypeLike) -> jax.Array | None:
-    """W_r R_n for n = longest ... 0 as r_nhk; None with rotary positions."""
+    """W_r R_n for n = longest ... 0 as r_hnk; None with rotary positions."""
     if self.config.position != "relative":
       return None
     signal_nd = sinusoid(jnp.arange(longest, -1, -1), self.config.d_model).astype(dtype)
-    return jnp.einsum("nd,dhk->nhk", signal_nd, self.w_relative[...].astype(dtype))
+    return product("nd,dhk->hnk", signal_nd, self.w_relative[...])
 
   def _project(self, x_btd, position_t):
     """Queries, keys and values, normalised and rotated where the config says so."""
-    q_bthk, k_bthk, v_bthk = (
-        jnp.einsum("btd,dhk->bthk", x_btd, w[...].astype(x_btd.dtype))
+    q_hbtk, k_hbtk, v_hbtk = (
+        product("btd,dhk->hbtk", x_btd, w[...])
         for w in (self.w_query, self.w_key, self.w_value))
     if self.config.qk_norm:
-      q_bthk, k_bthk = self.query_norm(q_bthk), self.key_norm(k_bthk)
+      q_hbtk, k_hbtk = self.query_norm(q_hbtk), self.key_norm(k_hbtk)
     if self.config.position == "rotary":
-      q_bthk = rotate(q_bthk, position_t, self.config.rotary_base)
-      k_bthk = rotate(k_bthk, position_t, self.config.rotary_base)
-    return q_bthk, k_bthk, v_bthk
+      q_hbtk = rotate(q_hbtk, position_t, self.config.rotary_base)
+      k_hbtk = rotate(k_hbtk, position_t, self.config.rotary_base)
+    return q_hbtk, k_hbtk, v_hbtk
 
-  def _relative(self, r_nhk, start, n_keys: int):
-    """What `_attend` needs for a block whose farthest distance is at row `start` of r."""
-    if r_nhk is None:
-      return None
-    window_nhk = jax.lax.dynamic_slice_in_dim(r_nhk, start, n_keys + 1, axis=0)
-    return window_nhk, self.u[...].astype(r_nhk.dtype), self.v[...].astype(r_nhk.dtype)
+  def _u_v(self):
+    return self.u[...], self.v[...]
 
-  def _output(self, mixed_bthk):
-    dtype = mixed_bthk.dtype
-    out_btd = jnp.einsum("bthk,hkd->btd", mixed_bthk, self.w_out[...].astype(dtype))
-    return out_btd + self.bias_out[...].astype(dtype)[None, None]
+  def _output(self, mixed_hbtk):
+    out_btd = product("hbtk,hkd->btd", mixed_hbtk, self.w_out[...])
+    return add(out_btd, self.bias_out[...][None, None])

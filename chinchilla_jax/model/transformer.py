@@ -141,16 +141,16 @@ def init_cache(config: schema.Model, batch: int, length: int,
   """An empty KV cache for `batch` sequences of up to `length` tokens.
 
   Returns:
-    A dict: `key` and `value` (layers, batch, length, heads, kv_size), `position` (int32 scalar,
-    tokens seen so far), and with relative positions `relative` (layers, length + 1, heads,
+    A dict: `key` and `value` (layers, heads, batch, length, kv_size); `position`, int32 scalar,
+    tokens seen so far; and with relative positions `relative` (layers, heads, length + 1,
     kv_size), the projected distances, which `decode` fills at position 0.
   """
-  heads = (config.n_heads, config.kv_size)
-  rows = (config.n_layers, batch, length, *heads)
+  rows = (config.n_layers, config.n_heads, batch, length, config.kv_size)
   cache = {"key": jnp.zeros(rows, dtype), "value": jnp.zeros(rows, dtype),
            "position": jnp.int32(0)}
   if config.position == "relative":
-    cache["relative"] = jnp.zeros((config.n_layers, length + 1, *heads), dtype)
+    shape = (config.n_layers, config.n_heads, length + 1, config.kv_size)
+    cache["relative"] = jnp.zeros(shape, dtype)
   return cache
 
 
@@ -181,13 +181,13 @@ def decode(config: schema.Model, params: Tree, tokens_bt: jax.Array, cache: Cach
   if relative is not None:
     # The projected distances depend on nothing but parameters: once is enough.
     project = jax.vmap(lambda layer: nnx.merge(block, layer).attention.relative_keys(
-        relative.shape[1] - 1, dtype))
+        relative.shape[2] - 1, dtype))
     relative = jax.lax.cond(position == 0, lambda: project(layers), lambda: relative)
 
   def body(x_btd, layer_and_cache):
     layer, rows = layer_and_cache
     x_btd, rows = nnx.merge(block, layer).decode(x_btd, rows, position, context)
-    return x_btd, (rows.key_bshk, rows.value_bshk)
+    return x_btd, (rows.key_hbsk, rows.value_hbsk)
 
   rows = attention.Layer(cache["key"], cache["value"], relative)
   x_btd = model.embedding.encode(tokens_bt, dtype)

@@ -109,7 +109,7 @@ def test_parquet(tmp_path, column_type):
 def test_large_files_come_in_parts(tmp_path, monkeypatch):
   monkeypatch.setattr(formats, "PART_BYTES", 64)
   contents = {"a.txt": ("zeile é\n" * 40).encode(), "b.txt": ("é" * 100).encode(),
-              "c.txt.gz": b"x" * 1000}
+              "c.txt.gz": b"x" * 1000, "e.txt": b"short"}
   for name, content in contents.items():
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
   (tmp_path / "d.txt").write_bytes(b"good line\n" * 20 + b"\xff")
@@ -119,6 +119,8 @@ def test_large_files_come_in_parts(tmp_path, monkeypatch):
   parts = [d for d in corpus.documents(Corpus(sources=(str(tmp_path / "a.txt"),)))]
   assert len(parts) > 3 and all(len(d.utf8) <= 64 + 64 for d in parts)
   assert all(d.utf8.endswith(b"\n") for d in parts)
+  (tmp_path / "x.jsonl").write_text(json.dumps({"text": "long record\n" * 30 + "é" * 99}))
+  assert read(tmp_path / "x.jsonl")[0] == {"x.jsonl#0": ("long record\n" * 30 + "é" * 99).encode()}
 
 
 def test_globs_and_ids(tmp_path):

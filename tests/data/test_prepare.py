@@ -58,13 +58,23 @@ def test_one_and_two_processes_make_the_same_store(tmp_path, corpus, monkeypatch
         tmp_path / "two" / file["name"]).read_bytes()
 
 
-def test_workers_import_nothing_heavy(texts_and_store):
-  """What a spawned process imports is what this module imports."""
-  code = ("import sys, chinchilla_jax.data.workers\n"
-          "heavy = {'jax', 'tensorflow', 'tensorflow_datasets', 'pyarrow', 'array_record'}\n"
-          "print(heavy & set(sys.modules))")
+def test_workers_import_nothing_heavy():
+  heavy = {"jax", "tensorflow", "tensorflow_datasets", "pyarrow", "array_record"}
+  assert "numpy" in workers.call(eval, "list(__import__('sys').modules)")
+  assert not heavy & set(workers.call(eval, "list(__import__('sys').modules)"))
+
+
+def test_preparing_imports_neither_tensorflow_nor_jax(tmp_path, corpus):
+  code = f"""
+import sys
+sys.path.insert(0, "tests/data")
+from tiny_corpora import experiment
+from chinchilla_jax.data import prepare
+prepare.prepare(experiment({str(tmp_path / "store")!r}, [{str(corpus)!r}]), quiet=True)
+print({{"tensorflow", "jax"}} & set(sys.modules))
+"""
   done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-  assert done.stdout.strip() == "set()"
+  assert done.stdout.strip() == "set()" and done.stderr == ""
 
 
 def test_errors_cross_from_workers(tmp_path):
@@ -248,6 +258,30 @@ def test_a_replacement_cut_off_between_its_renames_is_undone(tmp_path, corpus):
 def test_an_unwritable_place_is_refused(tmp_path, corpus):
   (tmp_path / "file").write_text("")
   refused(experiment(tmp_path / "file" / "store", [corpus]), "cannot write")
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, corpus):
+  """A limit on the size of files stands for the full disk."""
+  script = tmp_path / "limited.py"
+  script.write_text("""
+import resource, signal, sys
+sys.path.insert(0, "tests/data")
+from tiny_corpora import experiment
+from chinchilla_jax.data import prepare
+from chinchilla_jax.errors import UserError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
+try:
+  prepare.prepare(experiment(sys.argv[1], [sys.argv[2]]), quiet=True)
+except UserError as error:
+  print(error)
+""")
+  for limit in (100, 20_000):  # not even the tokenizer fits; the tokenizer fits, the tokens do not
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "store"), str(corpus), str(limit)], check=True,
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    assert "another place with --config.data.store" in done.stdout
+    nothing_left(tmp_path, "corpus", "limited.py")
 
 
 def test_skipped_documents_reach_summary_and_ledger(tmp_path, corpus, capsys):
