@@ -52,8 +52,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _text(report: dict, workdir: str) -> str:
-  lines = [f"step {report['step']:,}, {report['split']} split: {report['loss']:.4f} nats/token over "
-           f"{report['targets']:,.0f} tokens",
+  lines = [f"step {report['step']:,}, {report['split']} split: {report['loss']:.4f} nats/token "
+           f"over {report['targets']:,.0f} tokens",
            "held-out bits per byte (lower is better):",
            f"  {'this model':12} {report['bits_per_byte']:.4f}"]
   for name, bits in report.get("compressors", {}).items():

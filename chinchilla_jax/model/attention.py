@@ -22,7 +22,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from chinchilla_jax import config as schema
-from chinchilla_jax.model.layers import RMSNorm, add, product, weight, zeros
+from chinchilla_jax.model.layers import RMSNorm, add, dense, product, weight, zeros
 
 MIXED = "attention_mixed"  # what remat policies call the values mixed by attention
 _MASKED = -1e30  # finite, so that a gradient through it is 0 and not NaN
@@ -37,13 +37,13 @@ class Layer(NamedTuple):
 
 
 def sinusoid(distances_n: jax.Array, d_model: int) -> jax.Array:
-  """R_nd, float32: sines in the first half, cosines in the second (Dai et al.'s code).
+  """R_dn, float32: sines in the first half, cosines in the second (Dai et al.'s code).
 
   Vaswani et al. 2017, section 3.5, interleave them; W_r makes the two the same model.
   """
   frequency_d = 10_000.0 ** (-jnp.arange(0, d_model, 2, dtype=jnp.float32) / d_model)
-  angle_nd = distances_n.astype(jnp.float32)[:, None] * frequency_d[None, :]
-  return jnp.concatenate([jnp.sin(angle_nd), jnp.cos(angle_nd)], axis=-1)
+  angle_dn = frequency_d[:, None] * distances_n.astype(jnp.float32)[None, :]
+  return jnp.concatenate([jnp.sin(angle_dn), jnp.cos(angle_dn)], axis=0)
 
 
 def rotate(x_hbtk: jax.Array, positions_t: jax.Array, base: float) -> jax.Array:
@@ -188,13 +188,15 @@ class Attention(nnx.Module):
     """W_r R_n for n = longest ... 0 as r_hnk; None with rotary positions."""
     if self.config.position != "relative":
       return None
-    signal_nd = sinusoid(jnp.arange(longest, -1, -1), self.config.d_model).astype(dtype)
-    return product("nd,dhk->hnk", signal_nd, self.w_relative[...])
+    # d before n: XLA's CPU backend cannot multiply the gradient of "nd,dhk->hnk" in bfloat16 to
+    # float32 (JAX 0.10 to 0.12).
+    signal_dn = sinusoid(jnp.arange(longest, -1, -1), self.config.d_model).astype(dtype)
+    return dense("dn,dhk->hnk", signal_dn, self.w_relative)
 
   def _project(self, x_btd, position_t):
     """Queries, keys and values, normalised and rotated where the config says so."""
     q_hbtk, k_hbtk, v_hbtk = (
-        product("btd,dhk->hbtk", x_btd, w[...])
+        dense("btd,dhk->hbtk", x_btd, w)
         for w in (self.w_query, self.w_key, self.w_value))
     if self.config.qk_norm:
       q_hbtk, k_hbtk = self.query_norm(q_hbtk), self.key_norm(k_hbtk)
@@ -207,5 +209,5 @@ class Attention(nnx.Module):
     return self.u[...], self.v[...]
 
   def _output(self, mixed_hbtk):
-    out_btd = product("hbtk,hkd->btd", mixed_hbtk, self.w_out[...])
+    out_btd = dense("hbtk,hkd->btd", mixed_hbtk, self.w_out)
     return add(out_btd, self.bias_out[...][None, None])

@@ -21,7 +21,7 @@ from flax import nnx
 
 from chinchilla_jax import config as schema
 from chinchilla_jax.errors import UserError
-from chinchilla_jax.model import attention
+from chinchilla_jax.model import attention, layers
 from chinchilla_jax.model.attention import Attention
 from chinchilla_jax.model.layers import Embedding, FeedForward, RMSNorm
 
@@ -31,11 +31,8 @@ Cache = dict[str, jax.Array]
 # What the backward pass finds saved of a block, by the name of `config.remat`.
 _REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    # Products over pairs of tokens have batch dimensions and are not saved; what attention made
-    # of them is, or it would be computed three times.
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(attention.MIXED)),
+    # What attention mixed is saved too, or its scores would be computed three times.
+    "dots": jax.checkpoint_policies.save_only_these_names(layers.DENSE, attention.MIXED),
 }
 
 
@@ -113,7 +110,7 @@ def hidden(config: schema.Model, params: Tree, tokens_bt: jax.Array,
     x_btd after the final RMSNorm, in `dtype`.
   """
   model = _module(config, params)
-  block, layers = nnx.split(model.blocks)
+  block, stack = nnx.split(model.blocks)
 
   def body(x_btd, layer):
     return nnx.merge(block, layer)(x_btd, segments_bt), None
@@ -121,7 +118,7 @@ def hidden(config: schema.Model, params: Tree, tokens_bt: jax.Array,
   if config.remat != "none":
     body = jax.checkpoint(body, policy=_REMAT[config.remat], prevent_cse=False)
   x_btd = model.embedding.encode(tokens_bt, dtype)
-  x_btd, _ = jax.lax.scan(body, x_btd, layers, unroll=config.scan_unroll)
+  x_btd, _ = jax.lax.scan(body, x_btd, stack, unroll=config.scan_unroll)
   return model.final_norm(x_btd)
 
 
@@ -175,14 +172,14 @@ def decode(config: schema.Model, params: Tree, tokens_bt: jax.Array, cache: Cach
     (float32 logits_btv, the cache with T more positions).
   """
   model = _module(config, params)
-  block, layers = nnx.split(model.blocks)
+  block, stack = nnx.split(model.blocks)
   position = cache["position"]
   relative = cache.get("relative")
   if relative is not None:
     # The projected distances depend on nothing but parameters: once is enough.
     project = jax.vmap(lambda layer: nnx.merge(block, layer).attention.relative_keys(
         relative.shape[2] - 1, dtype))
-    relative = jax.lax.cond(position == 0, lambda: project(layers), lambda: relative)
+    relative = jax.lax.cond(position == 0, lambda: project(stack), lambda: relative)
 
   def body(x_btd, layer_and_cache):
     layer, rows = layer_and_cache
@@ -191,7 +188,7 @@ def decode(config: schema.Model, params: Tree, tokens_bt: jax.Array, cache: Cach
 
   rows = attention.Layer(cache["key"], cache["value"], relative)
   x_btd = model.embedding.encode(tokens_bt, dtype)
-  x_btd, (key, value) = jax.lax.scan(body, x_btd, (layers, rows))
+  x_btd, (key, value) = jax.lax.scan(body, x_btd, (stack, rows))
   new = {"key": key, "value": value, "position": position + tokens_bt.shape[1]}
   if relative is not None:
     new["relative"] = relative

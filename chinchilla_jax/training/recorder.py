@@ -88,7 +88,9 @@ class Recorder:
 
   def _stamp(self, record: dict[str, Any]) -> dict[str, Any]:
     step = record["step"]
-    return {"kind": record["kind"], "step": step, "tokens": self._clock.tokens(step),
+    tokens = self._clock.tokens(step)
+    return {"kind": record["kind"], "step": step, "tokens": tokens,
+            "epoch": round(tokens / self._clock.epoch_tokens, 6),
             "flops_6nd": self._clock.flops(step), **record}
 
   def _send(self, record: dict[str, Any]) -> None:

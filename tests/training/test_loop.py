@@ -19,8 +19,8 @@ from chinchilla_jax.errors import UserError
 from chinchilla_jax.training import checkpoint, loop, trained
 from chinchilla_jax.training.run_folder import RunFolder
 
-EXACT = ("kind", "step", "tokens", "flops_6nd", "loss", "grad_norm", "param_norm", "update_norm",
-         "learning_rate", "targets", "bits_per_byte")
+EXACT = ("kind", "step", "tokens", "epoch", "flops_6nd", "loss", "grad_norm", "param_norm",
+         "update_norm", "learning_rate", "targets", "bits_per_byte")
 
 
 def records(workdir):
@@ -54,6 +54,7 @@ def test_a_run_leaves_what_it_promises(tiny_run):
   assert train[-1]["tokens"] == 12 * 4 * 32
   n_params = loop.plan(experiment).clock.n_params
   assert train[-1]["flops_6nd"] == 6 * n_params * 12 * 4 * 32
+  assert train[-1]["epoch"] == round(12 * 4 / loop.plan(experiment).sequences.n_windows, 6)
   assert train[-1]["loss"] < train[0]["loss"]
   assert checkpoint.newest_step(workdir / "checkpoints") == 12
   saved = json.loads((workdir / "config.json").read_text())
