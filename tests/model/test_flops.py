@@ -17,8 +17,9 @@ def test_table_a4_counts_layers_only(name, printed):
   assert round(flops.layers_only(shape) / flops.six_n_d(shape), 2) == printed
 
 
-@pytest.mark.parametrize(("name", "ratio"), zip(
-    (name for name, _ in TABLE_A4), (1.58, 1.32, 1.23, 1.14, 1.12, 1.03), strict=True))
+@pytest.mark.parametrize(("name", "ratio"), [
+    ("74m", 1.58), ("306m", 1.32), ("552m", 1.23), ("1143m", 1.14), ("1593m", 1.12),
+    ("6796m", 1.03)])
 def test_appendix_f_to_the_letter_does_not_give_table_a4(name, ratio):
   shape = shapes.find(name)
   assert round(flops.appendix_f(shape) / flops.six_n_d(shape), 2) == ratio
