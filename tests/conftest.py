@@ -11,9 +11,9 @@ import tempfile  # noqa: E402
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from tiny import ROOT, tiny_experiment  # noqa: E402
 
 from chinchilla_jax import config as schema  # noqa: E402
-from chinchilla_jax import config_io  # noqa: E402
 
 # Shapes that broadcast by accident are bugs.
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -22,40 +22,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 _CACHE = tempfile.TemporaryDirectory()
 jax.config.update("jax_compilation_cache_dir", _CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
-ROOT = pathlib.Path(__file__).parent.parent
-
-
-def with_fields(experiment: schema.Experiment, **fields) -> schema.Experiment:
-  """with_fields(e, model__n_layers=3, seed=1): the experiment with some fields changed."""
-  tree = config_io.to_dict(experiment)
-  for name, value in fields.items():
-    *path, leaf = name.split("__")
-    node = tree
-    for key in path:
-      node = node[key]
-    node[leaf] = value
-  return config_io.from_dict(tree)
-
-
-def tiny_experiment(store: str = "") -> schema.Experiment:
-  """Two layers of width 32 on sequences of 32 tokens; a step takes milliseconds."""
-  return config_io.from_dict({
-      "name": "tiny", "run_length": "12 steps",
-      "model": {"n_layers": 2, "d_model": 32, "n_heads": 2, "kv_size": 16, "d_ff": 64,
-                "vocab_size": 512, "attention_block": 16},
-      "batch": {"sequences": 4},
-      "corpus": {"validation_fraction": 0.25},
-      "tokenizer": {"vocab_size": 512},
-      "data": {"store": store, "seq_len": 32},
-      "optimizer": {"peak_lr": 1e-2},
-      "schedule": {"warmup": "2 steps"},
-      "loss": {"chunk": 64},
-      "evaluation": {"every": "6 steps", "max_tokens": 2000},
-      "checkpoint": {"every": "4 steps"},
-      "logging": {"tensorboard": False},
-  })
-
 
 @pytest.fixture(scope="session")
 def tiny_store(tmp_path_factory) -> str:

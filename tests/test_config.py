@@ -4,7 +4,7 @@ import json
 import pathlib
 
 import pytest
-from conftest import ROOT, with_fields
+from tiny import ROOT, with_fields
 
 from chinchilla_jax import config as schema
 from chinchilla_jax import config_io

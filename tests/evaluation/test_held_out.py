@@ -4,7 +4,7 @@ import math
 
 import jax
 import numpy as np
-from conftest import with_fields
+from tiny import with_fields
 
 from chinchilla_jax import cli
 from chinchilla_jax.data import tokens

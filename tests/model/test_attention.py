@@ -156,7 +156,8 @@ def test_very_negative_scores_and_lone_tokens_stay_finite():
   _, params, f = make("relative", False, 4)
   x = 1e3 * jax.random.normal(jax.random.key(0), (1, 9, MODEL.d_model))
   segments = jnp.arange(9)[None]  # every token its own document
-  out, grad = jax.value_and_grad(lambda x: jnp.sum(f(float32(params), x, segments)))(x)
+  loss = lambda x: jnp.sum(f(float32(params), x, segments))
+  out, grad = jax.jit(jax.value_and_grad(loss))(x)
   assert jnp.isfinite(out) and jnp.all(jnp.isfinite(grad))
 
 

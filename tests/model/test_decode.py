@@ -42,9 +42,10 @@ def decode_in_parts(config, params, parts, length, dtype="float32", context=None
 
 
 @pytest.mark.parametrize("fields", VARIANTS, ids=str)
-@pytest.mark.parametrize(("parts", "length"), [
-    ((T,), T), ((6, 1, 1, 1, 1, 1), T + 5), ((1, 5, 5), T)], ids=str)
-def test_cached_equals_uncached(fields, parts, length):
+@pytest.mark.parametrize("length", [T, T + 5])
+def test_cached_equals_uncached(fields, length):
+  """In one go where the cache is full at the end; else prefill, steps, and a second prefill."""
+  parts = (T,) if length == T else (6, 1, 1, 3)
   config = dataclasses.replace(TINY, **fields)
   params = random_params(config)
   whole = whole_at_once(config, params, TOKENS, None, "float32")
@@ -52,7 +53,7 @@ def test_cached_equals_uncached(fields, parts, length):
   np.testing.assert_allclose(got, whole, rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("fields", VARIANTS, ids=str)
+@pytest.mark.parametrize("fields", VARIANTS[1:3], ids=str)
 def test_cached_is_near_uncached_in_bfloat16(fields):
   config = dataclasses.replace(TINY, **fields)
   params = random_params(config, "bfloat16")
@@ -66,7 +67,7 @@ def test_context_bounds_what_is_seen(position):
   """With one layer, logits at t are those of the last `context` tokens alone."""
   config = dataclasses.replace(TINY, n_layers=1, position=position)
   params, context = random_params(config), 4
-  got = decode_in_parts(config, params, (3, 1, 1, 6), T + 1, context=context)
+  got = decode_in_parts(config, params, (3, 1, 1, 6), T, context=context)
   for t in range(T):
     window = TOKENS[:, max(0, t + 1 - context):t + 1]
     want = whole_at_once(config, params, window, None, "float32")[:, -1]

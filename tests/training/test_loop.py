@@ -12,7 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import with_fields
+from tiny import with_fields
 
 from chinchilla_jax import config_io
 from chinchilla_jax.errors import UserError

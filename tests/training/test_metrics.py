@@ -7,7 +7,7 @@ import sys
 import jax.numpy as jnp
 import pytest
 import tensorboardX.proto.event_pb2 as events
-from conftest import ROOT, tiny_experiment, with_fields
+from tiny import ROOT, tiny_experiment, with_fields
 
 from chinchilla_jax import config_io, durations
 from chinchilla_jax.errors import UserError

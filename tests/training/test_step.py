@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_experiment, with_fields
+from tiny import tiny_experiment, with_fields
 
 from chinchilla_jax.training import optimizer, step
 from chinchilla_jax.training import state as state_lib
