@@ -56,7 +56,8 @@ class Model:
   init_std: float = setting(0.02, "Radford et al. 2019; read when init is gpt2", above=0)
   norm_epsilon: float = setting(1e-6, "not stated; Zhang & Sennrich 2019 leave it open", above=0)
   remat: str = setting(
-      "none", "what the backward pass recomputes: nothing, all but matrix products, all of a block",
+      "dots", "the backward pass recomputes nothing, all but matrix products, or all of a block; "
+      "dots took half the memory of none in the same time (docs/performance.md)",
       kind="layout", choices=("none", "dots", "full"))
   scan_unroll: int = setting(
       1, "layers per iteration of the scan; more compile time for less loop", kind="layout",

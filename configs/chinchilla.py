@@ -15,7 +15,8 @@ def get_config(name="70b"):
   config.name = f"chinchilla-{name}"
   for field in ("n_layers", "d_model", "n_heads", "kv_size", "d_ff", "vocab_size"):
     config.model[field] = getattr(shape, field)
-  config.model.remat = "full" if shape.n_layers > 24 else "none"
+  if shape.n_layers > 24:
+    config.model.remat = "full"
 
   if name == "70b":  # Table 4: 1.5M tokens a batch, doubled midway.
     config.run_length = "1.4e12 tokens"
