@@ -10,7 +10,7 @@ from chinchilla_jax import config_io
 def get_config():
   config = config_io.default_config()
   config.name = "smoke"
-  config.run_length = "1.8e6 tokens"
+  config.run_length = "1.5e6 tokens"
 
   config.corpus.sources = ("stdlib",)
   config.corpus.validation_fraction = 0.05
