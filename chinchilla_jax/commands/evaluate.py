@@ -4,7 +4,9 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import statistics
+import sys
 
 from chinchilla_jax.errors import UserError
 
@@ -52,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _text(report: dict, workdir: str) -> str:
+  # As it was called: in a virtual environment that is not active, the bare name is not found.
+  program = sys.argv[0] if os.path.basename(sys.argv[0]) == "chinchilla" else "chinchilla"
   lines = [f"step {report['step']:,}, {report['split']} split: {report['loss']:.4f} nats/token "
            f"over {report['targets']:,.0f} tokens",
            "held-out bits per byte (lower is better):",
@@ -63,5 +67,5 @@ def _text(report: dict, workdir: str) -> str:
     lines.append(f"trained at {report['training_tokens_per_second']:,.0f} tokens/s (median step)")
   lines += [f"checkpoint: {workdir}/checkpoints/{report['step']}",
             f"logs:       {workdir}/metrics.jsonl and {workdir}/tensorboard",
-            f"next:       chinchilla generate --workdir {workdir} --prompt 'import '"]
+            f"next:       {program} generate --workdir {workdir} --prompt 'import '"]
   return "\n".join(lines)
