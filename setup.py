@@ -37,6 +37,7 @@ setup(
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10.1,!=0.10.2"],
+        "compile": ["libtpu>=0.0.40"],  # `chinchilla compile` for TPUs, on any Linux machine.
         "cuda": ["jax[cuda13]>=0.10.1,!=0.10.2"],
         "wandb": ["wandb>=0.19"],
         "dev": ["pytest>=8.3", "hypothesis>=6.120", "ruff>=0.12", "matplotlib>=3.9"],

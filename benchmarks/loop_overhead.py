@@ -7,6 +7,7 @@ ratio of each pair of blocks. The bar is a median of at most 1.03.
 
 import argparse
 import contextlib
+import functools
 import itertools
 import pathlib
 import platform
@@ -18,6 +19,8 @@ import jax
 
 from chinchilla_jax import config_io
 from chinchilla_jax.data import batches
+from chinchilla_jax.parallel import mesh
+from chinchilla_jax.parallel.layout import Layout
 from chinchilla_jax.training import loop, metrics, recorder
 from chinchilla_jax.training import state as state_lib
 from chinchilla_jax.training import step as step_lib
@@ -33,11 +36,15 @@ def main() -> None:
 
   experiment = config_io.load(args.config)
   made = loop.plan(experiment)
-  train_step = jax.jit(step_lib.make_train_step(experiment, made.optimizer), donate_argnums=0)
-  init = jax.jit(lambda key: state_lib.init(experiment.model, made.optimizer, key))
+  layout = Layout(experiment, mesh.make(experiment.mesh))
+  shardings = layout.state(state_lib.abstract(experiment.model, made.optimizer))
+  train_step = jax.jit(step_lib.make_train_step(experiment, made.optimizer, layout),
+                       donate_argnums=0, out_shardings=(shardings, layout.replicated))
+  init = jax.jit(lambda key: state_lib.init(experiment.model, made.optimizer, key),
+                 out_shardings=shardings)
   state = init(jax.random.key(0))
   sequences = experiment.batch.sequences
-  fixed = jax.device_put(made.sequences.batch(0, sequences))
+  fixed = loop.device_batch(made, layout, (0, sequences))
   state, values = train_step(state, fixed)
   jax.block_until_ready(values)
 
@@ -50,7 +57,7 @@ def main() -> None:
     record = recorder.Recorder(experiment, made.clock, sinks, 1)
     requests = ((i * sequences, sequences) for i in itertools.count())
     feed = stack.enter_context(contextlib.closing(batches.prefetch(
-        made.sequences, requests, experiment.data.prefetch, transform=jax.device_put)))
+        functools.partial(loop.device_batch, made, layout), requests, experiment.data.prefetch)))
     bare, looped, count = [], [], 0
     for _ in range(args.blocks):
       started = time.perf_counter()

@@ -16,9 +16,11 @@ from chinchilla_jax.errors import UserError
 
 COMMANDS = {
     "prepare": "turn text into a tokenizer and a token store",
+    "compile": "does a config fit and run well on devices that are not here?",
     "train": "train a model; run again to resume",
     "evaluate": "bits per byte of a checkpoint on held-out text",
     "generate": "text from a checkpoint",
+    "inspect": "what is in a config, a run or a token store",
 }
 
 _CONFIG_HELP = """\

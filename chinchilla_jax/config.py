@@ -76,8 +76,8 @@ class Precision:
   activations: str = setting("bfloat16", "Chinchilla: forward and backward in bfloat16",
                              choices=DTYPES)
   gradients: str = setting(
-      "parameters", "dtype in which the backward pass hands gradients over: that of the "
-      "parameters, or float32; sums over microbatches are float32 always",
+      "parameters", "dtype in which the backward pass hands gradients over and devices add "
+      "them up: that of the parameters, or float32; sums over microbatches are float32 always",
       choices=("parameters", "float32"))
   rounding: str = setting(
       "master", "how bfloat16 parameters take an update: master, a float32 copy in the optimizer "
@@ -98,6 +98,38 @@ class Batch:
   microbatches: int = setting(
       1, "parts in which a step's gradient is summed; raise it when memory is short",
       kind="layout", at_least=1)
+  ramp_by: str = setting(
+      "microbatches", "how a device copes with a later, larger batch: microbatches, more of them "
+      "and none larger, so that memory stays; size, as many of them and larger ones",
+      kind="layout", choices=("microbatches", "size"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+  """How the run lies over devices: a strategy, and the sizes of the mesh's axes."""
+
+  strategy: str = setting(
+      "fsdp", "replicated: every device holds all; fsdp: parameters and optimizer over data; "
+      "deepmind: the paper's, parameters over tensor, optimizer state over tensor and data; "
+      "fsdp_tensor: all over tensor and data (docs/parallelism.md)", kind="layout",
+      choices=("replicated", "fsdp", "deepmind", "fsdp_tensor"))
+  slice: int = setting(
+      0, "slices joined by the data-centre network, each with a copy of everything; 0: as many as "
+      "the devices say they lie in", unit="slices", kind="layout", at_least=0)
+  data: int = setting(
+      0, "parts of the batch in a slice; 0: all devices that the other axes leave",
+      unit="devices", kind="layout", at_least=0)
+  context: int = setting(1, "parts of each sequence, for long ones", unit="devices",
+                         kind="layout", at_least=1)
+  tensor: int = setting(1, "parts of each layer: heads, feed-forward, vocabulary",
+                        unit="devices", kind="layout", at_least=1)
+  whole_below: int = setting(
+      65_536, "weights with fewer elements (of one layer) are not cut over data: a gather costs "
+      "more than it saves", unit="elements", kind="layout", at_least=0)
+  overrides: tuple[tuple[str, str], ...] = setting(
+      (), "shardings by path in the train state, first match wins, such as "
+      "(('params/embedding/table', 'tensor,-'),): one entry per axis of the array, '-' for "
+      "whole, '+' joins mesh axes", unit="(regex, spec)", kind="layout")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,6 +279,7 @@ class Experiment:
   model: Model = dataclasses.field(default_factory=Model)
   precision: Precision = dataclasses.field(default_factory=Precision)
   batch: Batch = dataclasses.field(default_factory=Batch)
+  mesh: Mesh = dataclasses.field(default_factory=Mesh)
   corpus: Corpus = dataclasses.field(default_factory=Corpus)
   tokenizer: Tokenizer = dataclasses.field(default_factory=Tokenizer)
   data: Data = dataclasses.field(default_factory=Data)

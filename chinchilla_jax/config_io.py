@@ -165,10 +165,11 @@ def _describe(kind: Any) -> str:
   if isinstance(kind, type) and not typing.get_args(kind):
     return {"int": "a whole number", "float": "a number", "str": "text",
             "bool": "true or false"}[kind.__name__]
-  return {  # The schema has these two kinds of tuple.
+  return {  # The schema has these kinds of tuple.
       tuple[str, ...]: "a list of texts such as ('a', 'b')",
       tuple[tuple[str, int], ...]: "a list of pairs such as (('50%', 256),)",
       tuple[tuple[str, float], ...]: "a list of pairs such as (('bias', 0.0),)",
+      tuple[tuple[str, str], ...]: "a list of pairs such as (('table', 'tensor,-'),)",
   }[kind]
 
 
@@ -214,13 +215,13 @@ def _coerce(value: Any, kind: Any, shown: str) -> Any:
     if not all(isinstance(part, str) for part in value):
       raise wrong
     return tuple(value)
-  number = typing.get_args(item)[1]
+  second_kind = typing.get_args(item)[1]
   for pair in value:
     if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
       raise wrong
     if not isinstance(pair[0], str):
       raise wrong
-  return tuple((first, _coerce(second, number, shown)) for first, second in value)
+  return tuple((first, _coerce(second, second_kind, shown)) for first, second in value)
 
 
 def _check(experiment: schema.Experiment) -> None:
@@ -252,15 +253,18 @@ def _check(experiment: schema.Experiment) -> None:
     if count < 1:
       raise UserError(f"config.batch.ramp: got {count} sequences, allowed is at least 1")
   for count in (batch.sequences, *(count for _, count in batch.ramp)):
-    if count % batch.microbatches:
+    parts = durations.microbatches(batch, count)
+    if count % parts:
       raise UserError(f"config.batch.microbatches: {count} sequences do not divide into "
-                      f"{batch.microbatches} microbatches; use a divisor")
-  for pattern, _ in experiment.optimizer.decay_patterns:
-    try:
-      re.compile(pattern)
-    except re.error as error:
-      raise UserError(f"config.optimizer.decay_patterns: {pattern!r} is not a regular "
-                      f"expression ({error})") from None
+                      f"{parts} microbatches; use a divisor, or config.batch.ramp_by=size")
+  for name, found in (("optimizer.decay_patterns", experiment.optimizer.decay_patterns),
+                      ("mesh.overrides", experiment.mesh.overrides)):
+    for pattern, _ in found:
+      try:
+        re.compile(pattern)
+      except re.error as error:
+        raise UserError(f"config.{name}: {pattern!r} is not a regular expression "
+                        f"({error})") from None
   if durations.parse(experiment.run_length).unit == "%":
     raise UserError("config.run_length: a percentage of itself means nothing; give steps, "
                     "tokens, epochs, flops or tokens/param")

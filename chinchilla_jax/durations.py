@@ -7,6 +7,7 @@ import dataclasses
 import math
 import re
 
+from chinchilla_jax import config as schema
 from chinchilla_jax.errors import UserError
 
 UNITS = {
@@ -66,6 +67,13 @@ class BatchSchedule:
     for (first, count), end in zip(self.stages, ends, strict=True):
       total += count * max(0, int(min(end, step)) - first)
     return total
+
+
+def microbatches(batch: schema.Batch, sequences: int) -> int:
+  """Microbatches of a step of this many sequences, which is a stage of the batch's ramp."""
+  if batch.ramp_by == "size":
+    return batch.microbatches
+  return -(-sequences * batch.microbatches // batch.sequences)
 
 
 @dataclasses.dataclass(frozen=True)

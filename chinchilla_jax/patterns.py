@@ -7,21 +7,21 @@ from typing import Any
 import jax
 
 
+def match(path: str, patterns: Sequence[tuple[str, Any]], default: Any) -> Any:
+  """The value of the first pattern found anywhere in a path ("blocks/attention/w_query")."""
+  return next((value for pattern, value in patterns if re.search(pattern, path)), default)
+
+
 def match_tree(tree: Any, patterns: Sequence[tuple[str, Any]], default: Any) -> Any:
-  """The value of the first pattern found in each leaf's path ("blocks/attention/query").
+  """`match` for the path of each leaf.
 
   Args:
     tree: nested dicts.
-    patterns: (regular expression, value), searched anywhere in the path.
+    patterns: (regular expression, value).
     default: the value where no pattern is found.
 
   Returns:
     A tree of the same structure that holds values.
   """
-  compiled = [(re.compile(pattern), value) for pattern, value in patterns]
-
-  def value_of(path, _):
-    name = "/".join(key.key for key in path)
-    return next((value for pattern, value in compiled if pattern.search(name)), default)
-
-  return jax.tree.map_with_path(value_of, tree)
+  return jax.tree.map_with_path(
+      lambda path, _: match("/".join(key.key for key in path), patterns, default), tree)

@@ -39,5 +39,8 @@ def get_config(name="280b"):
   config.run_length = "300e9 tokens"
   config.batch.sequences = _SEQUENCES[batch]
   if name == "280b":
+    config.mesh.strategy = "fsdp_tensor"
+    config.mesh.tensor = 16
+    config.model.attention_block = 512
     config.batch.ramp = (("50%", _SEQUENCES["6M"]),)
   return config

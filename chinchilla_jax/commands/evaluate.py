@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
   if args.compressors and experiment.evaluation.max_tokens:
     everything = dataclasses.replace(experiment.evaluation, max_tokens=0)
     experiment = dataclasses.replace(experiment, evaluation=everything)
-  result = held_out.HeldOut(experiment, store, args.split)(model.params)
+  result = held_out.HeldOut(experiment, store, model.layout, args.split)(model.params)
   report = {"step": model.step, "split": args.split, "loss": result.loss,
             "bits_per_byte": result.bits_per_byte, "targets": result.targets,
             "bytes": result.bytes}

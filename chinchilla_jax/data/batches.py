@@ -1,7 +1,8 @@
 """Batches as a pure function of (seed, first sequence index, count).
 
 There is no iterator state. Resuming, another number of processes, a batch-size ramp, or reading
-the batch that caused a spike on a laptop are all the same call with the same numbers.
+the batch that caused a spike on a laptop are all the same call with the same numbers: a
+process's share of a batch is a shorter batch that begins later.
 
 Letters: b sequences in a batch, t positions in a sequence.
 """
@@ -9,6 +10,7 @@ Letters: b sequences in a batch, t positions in a sequence.
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,6 +19,7 @@ from chinchilla_jax.data.tokens import TokenSplit
 from chinchilla_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
+Request, Made = TypeVar("Request"), TypeVar("Made")
 
 
 class Batches:
@@ -59,61 +62,61 @@ class Batches:
             window_n[here], self.n_windows, self._seed, int(epoch))
     return window_n
 
-  def batch(self, first: int, count: int, process_index: int = 0, process_count: int = 1) -> Batch:
-    """Sequences first ... first + count - 1 of the run, or one process's share of them.
+  def batch(self, first: int, count: int) -> Batch:
+    """Sequences first ... first + count - 1 of the run.
 
     Args:
       first: index of the first sequence since the start of training.
-      count: sequences in the global batch; process p of P gets the p-th stretch of count / P.
+      count: sequences.
 
     Returns:
       inputs_bt, targets_bt: int32, ids and the id after each.
       segments_bt: int32, equal where two inputs belong to one document; all 0 without
         document_mask. A document that began before the window is segment 0.
       weights_bt: float32, all 1.
-
-    Raises:
-      ValueError: count does not divide among the processes.
     """
-    if count % process_count:
-      raise ValueError(f"a batch of {count} sequences does not divide among {process_count} "
-                       f"processes")
-    local = count // process_count
-    start = first + process_index * local
-    window_b = self.windows(np.arange(start, start + local, dtype=np.int64))
+    window_b = self.windows(np.arange(first, first + count, dtype=np.int64))
     ids = self._split.windows(window_b * self._seq_len, self._seq_len + 1)
     return _batch(ids, self._split.bos_id, self._document_mask)
 
 
-def validation_batches(split: TokenSplit, *, seq_len: int, batch_size: int, max_tokens: int = 0,
-                       document_mask: bool = True) -> Iterator[Batch]:
+class ValidationBatches:
   """Batches that cover every target of a split once, in order; all of one shape.
 
   What fills up the last window and the last batch has weight 0.
-
-  Args:
-    max_tokens: targets covered, from the start of the split; 0: all.
-
-  Yields:
-    Batches as `Batches.batch` gives them, [batch_size, seq_len].
-
-  Raises:
-    UserError: the split has no target.
   """
-  n_targets = split.n_tokens - 1
-  if n_targets < 1:
-    raise UserError(f"{split.path}: the {split.name} split has {split.n_tokens} tokens, which is "
-                    f"no text to predict: prepare more text")
-  if max_tokens:
-    n_targets = min(n_targets, max_tokens)
-  for start in range(0, n_targets, batch_size * seq_len):
-    ids = np.full(batch_size * seq_len + 1, split.pad_id, np.int32)
-    n = min(batch_size * seq_len, n_targets - start)
-    ids[:n + 1] = split.read(start, n + 1)
-    rows = np.lib.stride_tricks.sliding_window_view(ids, seq_len + 1)[::seq_len]
-    batch = _batch(rows, split.bos_id, document_mask)
+
+  def __init__(self, split: TokenSplit, *, seq_len: int, batch_size: int, max_tokens: int = 0,
+               document_mask: bool = True):
+    """Covers max_tokens targets from the start of the split; all if 0.
+
+    Raises:
+      UserError: the split has no target.
+    """
+    self._n_targets = split.n_tokens - 1
+    if self._n_targets < 1:
+      raise UserError(f"{split.path}: the {split.name} split has {split.n_tokens} tokens, which is "
+                      f"no text to predict: prepare more text")
+    if max_tokens:
+      self._n_targets = min(self._n_targets, max_tokens)
+    self._split, self._seq_len, self._batch_size = split, seq_len, batch_size
+    self._document_mask = document_mask
+
+  def __len__(self) -> int:
+    return -(-self._n_targets // (self._batch_size * self._seq_len))
+
+  def rows(self, index: int, start: int, stop: int) -> Batch:
+    """Rows start ... stop - 1 of batch `index`, as `Batches.batch` gives them."""
+    first = (index * self._batch_size + start) * self._seq_len
+    size = (stop - start) * self._seq_len
+    ids = np.full(size + 1, self._split.pad_id, np.int32)
+    n = max(0, min(size, self._n_targets - first))
+    if n:
+      ids[:n + 1] = self._split.read(first, n + 1)
+    rows = np.lib.stride_tricks.sliding_window_view(ids, self._seq_len + 1)[::self._seq_len]
+    batch = _batch(rows, self._split.bos_id, self._document_mask)
     batch["weights_bt"].reshape(-1)[n:] = 0
-    yield batch
+    return batch
 
 
 def _batch(ids: np.ndarray, bos_id: int, document_mask: bool) -> Batch:
@@ -127,14 +130,14 @@ def _batch(ids: np.ndarray, bos_id: int, document_mask: bool) -> Batch:
           "segments_bt": segments_bt, "weights_bt": np.ones(inputs_bt.shape, np.float32)}
 
 
-def prefetch(batches: Batches, requests: Iterable[tuple[int, int]], depth: int,
-             transform: Callable[[Batch], object] | None = None, process_index: int = 0,
-             process_count: int = 1) -> Iterator[tuple[tuple[int, int], object]]:
+def prefetch(make: Callable[[Request], Made], requests: Iterable[Request],
+             depth: int) -> Iterator[tuple[Request, Made]]:
   """Makes batches in a background thread, at most `depth` ahead.
 
   Args:
-    requests: (first, count) of each batch; taken up to depth + 1 ahead of what was yielded.
-    transform: applied to each batch in the thread, for instance the transfer to devices.
+    make: request -> batch; runs in the thread, so the transfer to devices belongs into it.
+    requests: taken up to depth + 1 ahead of what was yielded.
+    depth: batches.
 
   Yields:
     (request, batch), in order. What goes wrong in the thread is raised here. The thread ends when
@@ -155,9 +158,8 @@ def prefetch(batches: Batches, requests: Iterable[tuple[int, int]], depth: int,
 
   def work():
     try:
-      for first, count in requests:
-        batch = batches.batch(first, count, process_index, process_count)
-        if not put(((first, count), transform(batch) if transform else batch)):
+      for request in requests:
+        if not put((request, make(request))):
           return
       put(None)
     except BaseException as error:  # also what a signal handler raises: it belongs to the caller

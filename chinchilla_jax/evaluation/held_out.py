@@ -7,6 +7,7 @@ its bits count.
 
 import bz2
 import dataclasses
+import functools
 import gzip
 import lzma
 import math
@@ -16,6 +17,8 @@ import jax
 
 from chinchilla_jax import config as schema
 from chinchilla_jax.data import batches, tokens
+from chinchilla_jax.parallel import processes
+from chinchilla_jax.parallel.layout import Layout
 from chinchilla_jax.training import step as step_lib
 
 
@@ -40,22 +43,29 @@ class Result:
 class HeldOut:
   """The fixed validation set of an experiment."""
 
-  def __init__(self, experiment: schema.Experiment, store: tokens.TokenStore,
+  def __init__(self, experiment: schema.Experiment, store: tokens.TokenStore, layout: Layout,
                split: str = "validation"):
-    self._split = store.split(split)
-    self._data = experiment.data
-    self._max_tokens = experiment.evaluation.max_tokens
-    self._batch = experiment.evaluation.batch or experiment.batch.sequences
-    self._piece_bytes_v = jax.device_put(store.tokenizer.piece_bytes_v)
-    self._step = jax.jit(step_lib.make_eval_step(experiment))
+    """Prepares the evaluation of parameters that lie as `layout` says."""
+    size = experiment.evaluation.batch or experiment.batch.sequences
+    size += -size % layout.placement.shards("batch")  # What fills it up has weight 0.
+    self._layout, self._size = layout, size
+    self._batches = batches.ValidationBatches(
+        store.split(split), seq_len=experiment.data.seq_len, batch_size=size,
+        max_tokens=experiment.evaluation.max_tokens,
+        document_mask=experiment.data.document_mask)
+    bytes_v = store.tokenizer.piece_bytes_v
+    self._piece_bytes_v = processes.global_batch(
+        lambda start, stop: {"v": bytes_v[start:stop]}, layout.replicated, len(bytes_v))["v"]
+    self._step = jax.jit(step_lib.make_eval_step(experiment, layout),
+                         out_shardings=layout.replicated)
 
   def __call__(self, params: Any) -> Result:
     """Evaluates every target of the set once, in float64 sums of float32 batches."""
     sums = []
-    for batch in batches.validation_batches(
-        self._split, seq_len=self._data.seq_len, batch_size=self._batch,
-        max_tokens=self._max_tokens, document_mask=self._data.document_mask):
-      sums.append(self._step(params, jax.device_put(batch), self._piece_bytes_v))
+    for index in range(len(self._batches)):
+      batch = processes.global_batch(functools.partial(self._batches.rows, index),
+                                     self._layout.rows, self._size)
+      sums.append(self._step(params, batch, self._piece_bytes_v))
     sums = jax.device_get(sums)
     total = lambda name: sum(float(part[name]) for part in sums)
     return Result(total("nll"), total("targets"), total("bytes"))

@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from chinchilla_jax import config as schema
 from chinchilla_jax.model.layers import RMSNorm, add, dense, product, weight, zeros
+from chinchilla_jax.model.placement import WHOLE, Placement, Rows
 
 MIXED = "attention_mixed"  # what remat policies call the values mixed by attention
 _MASKED = -1e30  # finite, so that a gradient through it is 0 and not NaN
@@ -73,6 +74,16 @@ def _shift(scores_hbcn: jax.Array) -> jax.Array:
   return scores_hbcn.reshape(*batch, c * n)[..., c:].reshape(*batch, c, n - 1)
 
 
+def _position_scores(q_hbck, r_hnk):
+  if r_hnk.ndim == 3:
+    return _shift(product("hbck,hnk->hbcn", q_hbck, r_hnk, jnp.float32))
+  h, b, _, k = q_hbck.shape
+  # `_shift` moves numbers from row to row: it must not cross from one device's rows to another's.
+  q_hbgck = q_hbck.reshape(h, b, r_hnk.shape[1], -1, k)
+  scores_hbgcs = _shift(product("hbgck,hgnk->hbgcn", q_hbgck, r_hnk, jnp.float32))
+  return scores_hbgcs.reshape(h, b, -1, scores_hbgcs.shape[-1])
+
+
 def _attend(q_hbck, k_hbsk, v_hbsk, mask_bcs, relative):
   """Attention of one block of C query rows over S keys.
 
@@ -81,6 +92,7 @@ def _attend(q_hbck, k_hbsk, v_hbsk, mask_bcs, relative):
     mask_bcs: who sees whom; a batch axis of 1 where every sequence has the same mask. Every
       row sees something.
     relative: (r_hnk, u_hk, v_hk), r for the S + 1 distances that `_shift` asks for; or None.
+      r_hgnk where the rows are cut among g devices: each has the distances of its own rows.
 
   Returns:
     Values mixed by the softmax, out_hbck.
@@ -92,7 +104,7 @@ def _attend(q_hbck, k_hbsk, v_hbsk, mask_bcs, relative):
   scores_hbcs = product("hbck,hbsk->hbcs", q_content, k_hbsk, jnp.float32)
   if relative is not None:
     q_position = add(q_hbck, v_hk[:, None, None])
-    scores_hbcs += _shift(product("hbck,hnk->hbcn", q_position, r_hnk, jnp.float32))
+    scores_hbcs += _position_scores(q_position, r_hnk)
   scores_hbcs = jnp.where(mask_bcs[None], scores_hbcs / math.sqrt(q_hbck.shape[-1]), _MASKED)
   top_hbc = jax.lax.stop_gradient(jnp.max(scores_hbcs, axis=-1, keepdims=True))
   weights_hbcs = jnp.exp(scores_hbcs - top_hbc)
@@ -127,23 +139,38 @@ class Attention(nnx.Module):
       self.key_norm = RMSNorm(k, "head_dim", config)
     self.config = config
 
-  def __call__(self, x_btd: jax.Array, segments_bt: jax.Array | None) -> jax.Array:
-    """Each position attends to itself and to earlier positions of its own segment."""
+  def __call__(self, x_btd: jax.Array, segments_bt: jax.Array | None,
+               placement: Placement = WHOLE) -> jax.Array:
+    """Each position attends to itself and to earlier positions of its own segment.
+
+    With `placement.shards("length")` above 1 the tokens come in the order of `Rows`.
+    """
     t = x_btd.shape[1]
-    position_t = jnp.arange(t)
-    q_hbtk, k_hbtk, v_hbtk = self._project(x_btd, position_t)
+    rows = Rows.of(t, placement.shards("length"), self.config.attention_block)
+    q_hbtk, k_hbtk, v_hbtk = self._project(x_btd, jnp.asarray(rows.positions(t)))
+    q_hbtk = placement.constrain(q_hbtk, ("heads", "batch", "length", None))
+    k_hbtk, v_hbtk = (
+        rows.collect(placement.constrain(x, ("heads", "batch", "keys", None)), axis=2)
+        for x in (k_hbtk, v_hbtk))
+    if segments_bt is not None:
+      segments_bt = rows.collect(placement.constrain(segments_bt, ("batch", "keys")), axis=1)
     r_hnk = self.relative_keys(t, x_btd.dtype)
-    size = self.config.attention_block or t
+    position_t = jnp.arange(t)
     attend = jax.checkpoint(_attend)
-    blocks = []
-    for start in range(0, t, size):
-      stop = min(start + size, t)
+    turns = []
+    for turn in range(rows.rounds):
+      start = turn * rows.groups * rows.block
+      stop = min(start + rows.groups * rows.block, t)
       mask = position_t[None, start:stop, None] >= position_t[None, None, :stop]
       if segments_bt is not None:
         mask &= segments_bt[:, start:stop, None] == segments_bt[:, None, :stop]
-      blocks.append(attend(q_hbtk[:, :, start:stop], k_hbtk[:, :, :stop], v_hbtk[:, :, :stop], mask,
-                           None if r_hnk is None else (r_hnk[:, t - stop:], *self._u_v())))
-    return self._output(checkpoint_name(jnp.concatenate(blocks, axis=2), MIXED))
+      relative = None
+      if r_hnk is not None:
+        relative = (self._distances(r_hnk, rows, start, stop, placement), *self._u_v())
+      turns.append(attend(rows.take(q_hbtk, 2, turn), k_hbtk[:, :, :stop], v_hbtk[:, :, :stop],
+                          mask, relative))
+    mixed_hbtk = placement.constrain(rows.join(turns, axis=2), ("heads", "batch", "length", None))
+    return self._output(checkpoint_name(mixed_hbtk, MIXED))
 
   def decode(self, x_btd: jax.Array, cache: Layer, position: jax.Array,
              context: int | None) -> tuple[jax.Array, Layer]:
@@ -204,6 +231,22 @@ class Attention(nnx.Module):
       q_hbtk = rotate(q_hbtk, position_t, self.config.rotary_base)
       k_hbtk = rotate(k_hbtk, position_t, self.config.rotary_base)
     return q_hbtk, k_hbtk, v_hbtk
+
+  def _distances(self, r_hnk, rows: Rows, start: int, stop: int, placement: Placement):
+    """The relative keys that rows start ... stop - 1 need: see `_shift`.
+
+    Each device's rows g are a block of their own, whose last row is start + (g + 1) * block - 1;
+    the keys after it have negative distances, which are masked, so zeros do.
+    """
+    longest = r_hnk.shape[1] - 1
+    if rows.groups == 1:
+      return r_hnk[:, longest - stop:]
+    r_hnk = jnp.pad(r_hnk, ((0, 0), (0, (rows.groups - 1) * rows.block), (0, 0)))
+    first_g = longest - start - rows.block * (1 + jnp.arange(rows.groups))
+    first_g = placement.constrain(first_g, ("length",))
+    window = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=stop + 1, axis=1)
+    r_hgnk = jax.vmap(window, in_axes=(None, 0), out_axes=1)(r_hnk, first_g)
+    return placement.constrain(r_hgnk, ("heads", "length", None, None))
 
   def _u_v(self):
     return self.u[...], self.v[...]

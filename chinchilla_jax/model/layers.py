@@ -14,6 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from chinchilla_jax import config as schema
+from chinchilla_jax.model.placement import WHOLE, Placement
 
 DENSE = "dense"  # what remat policies call a product with a weight
 
@@ -113,6 +114,37 @@ class RMSNorm(nnx.Module):
     return (x32 * jax.lax.rsqrt(mean_square + self.epsilon) * gain).astype(x.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def look_up(table_vd: jax.Array, tokens_bt: jax.Array, placement: Placement) -> jax.Array:
+  """Rows of the table, x_btd.
+
+  The gradient is summed in float32: a frequent token's has very many terms, and in bfloat16 such
+  a sum stops growing at 256 times them. Each device sums over its own tokens; only the sums,
+  and no token's gradient, go to others.
+  """
+  return jnp.take(table_vd, tokens_bt, axis=0)
+
+
+def _look_up_fwd(table_vd, tokens_bt, placement):
+  return look_up(table_vd, tokens_bt, placement), (table_vd, tokens_bt)
+
+
+def _look_up_bwd(placement, saved, grad_btd):
+  table_vd, tokens_bt = saved
+  i, j = placement.shards("batch"), placement.shards("length")
+  by_device = lambda x: jnp.moveaxis(  # b and t of i x j devices: [i, j, b, t, ...].
+      x.reshape(i, x.shape[0] // i, j, x.shape[1] // j, *x.shape[2:]), 2, 1)
+  grad = by_device(placement.constrain(grad_btd, ("batch", "length", None)))
+  zeros = jnp.zeros(table_vd.shape, jnp.float32)
+  add_up = jax.vmap(jax.vmap(lambda tokens, grad: zeros.at[tokens].add(grad.astype(jnp.float32))))
+  sums_ijvd = placement.constrain(add_up(by_device(tokens_bt), grad),
+                                  ("batch", "length", "vocab", None))
+  return jnp.sum(sums_ijvd, axis=(0, 1)).astype(table_vd.dtype), None
+
+
+look_up.defvjp(_look_up_fwd, _look_up_bwd)
+
+
 class Embedding(nnx.Module):
   """The table that is both input embedding and output projection, and the output-logit bias.
 
@@ -124,11 +156,10 @@ class Embedding(nnx.Module):
     self.table = weight(key, (v, d), ("vocab", "embed"), fan_in=d, config=config)
     self.logit_bias = zeros((v,), ("vocab",))
 
-  def encode(self, tokens_bt: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+  def encode(self, tokens_bt: jax.Array, dtype: jax.typing.DTypeLike,
+             placement: Placement = WHOLE) -> jax.Array:
     """Vectors of the tokens, x_btd."""
-    # The look-up is in float32 for its gradient: a frequent token's is a sum over very many
-    # positions, and in bfloat16 such a sum stops growing at 256 times its terms.
-    return jnp.take(self.table[...].astype(jnp.float32), tokens_bt, axis=0).astype(dtype)
+    return look_up(self.table[...], tokens_bt, placement).astype(dtype)
 
   def decode(self, x_btd: jax.Array) -> jax.Array:
     """Float32 logits_btv."""
@@ -161,8 +192,9 @@ class FeedForward(nnx.Module):
     self.bias_out = zeros((d,), ("embed",))
     self.activation = config.activation
 
-  def __call__(self, x_btd: jax.Array) -> jax.Array:
+  def __call__(self, x_btd: jax.Array, placement: Placement = WHOLE) -> jax.Array:
     x_btf = self._affine("btd,df->btf", x_btd, self.w_in, self.bias_in)
+    x_btf = placement.constrain(x_btf, ("batch", "length", "mlp"))
     if self.activation == "swiglu":
       gate_btf = self._affine("btd,df->btf", x_btd, self.w_gate, self.bias_gate)
       x_btf = jax.nn.silu(gate_btf) * x_btf

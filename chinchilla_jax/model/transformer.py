@@ -24,6 +24,7 @@ from chinchilla_jax.errors import UserError
 from chinchilla_jax.model import attention, layers
 from chinchilla_jax.model.attention import Attention
 from chinchilla_jax.model.layers import Embedding, FeedForward, RMSNorm
+from chinchilla_jax.model.placement import WHOLE, Placement
 
 Tree = Any  # a nested dict of arrays
 Cache = dict[str, jax.Array]
@@ -46,9 +47,13 @@ class Block(nnx.Module):
     self.feed_forward_norm = RMSNorm(config.d_model, "embed", config)
     self.feed_forward = FeedForward(config, key_feed_forward)
 
-  def __call__(self, x_btd: jax.Array, segments_bt: jax.Array | None) -> jax.Array:
-    x_btd = x_btd + self.attention(self.attention_norm(x_btd), segments_bt)
-    return x_btd + self.feed_forward(self.feed_forward_norm(x_btd))
+  def __call__(self, x_btd: jax.Array, segments_bt: jax.Array | None,
+               placement: Placement = WHOLE) -> jax.Array:
+    into = lambda x: placement.constrain(x, ("batch", "length", None))
+    out_of = lambda x: placement.constrain(x, ("batch", "residual", None))
+    mixed_btd = self.attention(into(self.attention_norm(x_btd)), segments_bt, placement)
+    x_btd = x_btd + out_of(mixed_btd)
+    return x_btd + out_of(self.feed_forward(into(self.feed_forward_norm(x_btd)), placement))
 
   def decode(self, x_btd, cache: attention.Layer, position, context):
     mixed_btd, cache = self.attention.decode(self.attention_norm(x_btd), cache, position, context)
@@ -95,7 +100,8 @@ def logical_axes(config: schema.Model) -> Tree:
 
 
 def hidden(config: schema.Model, params: Tree, tokens_bt: jax.Array,
-           segments_bt: jax.Array | None, dtype: jax.typing.DTypeLike) -> jax.Array:
+           segments_bt: jax.Array | None, dtype: jax.typing.DTypeLike,
+           placement: Placement = WHOLE) -> jax.Array:
   """Final hidden states.
 
   Args:
@@ -105,20 +111,26 @@ def hidden(config: schema.Model, params: Tree, tokens_bt: jax.Array,
     segments_bt: int, equal within a document; a token sees only its own document. None: each
       row is one document.
     dtype: of activations.
+    placement: how activations and weights lie over devices. Where it cuts `length`, tokens,
+      segments and the result are in the order of `placement.Rows`, which no other part of the
+      model notices.
 
   Returns:
     x_btd after the final RMSNorm, in `dtype`.
   """
-  model = _module(config, params)
-  block, stack = nnx.split(model.blocks)
+  ends = {name: placement.weights(name, params[name]) for name in ("embedding", "final_norm")}
+  model = _module(config, params | ends)
+  block, _ = nnx.split(model.blocks)
 
   def body(x_btd, layer):
-    return nnx.merge(block, layer)(x_btd, segments_bt), None
+    layer = placement.weights("blocks", layer)
+    return nnx.merge(block, layer)(x_btd, segments_bt, placement), None
 
   if config.remat != "none":
     body = jax.checkpoint(body, policy=_REMAT[config.remat], prevent_cse=False)
-  x_btd = model.embedding.encode(tokens_bt, dtype)
-  x_btd, _ = jax.lax.scan(body, x_btd, stack, unroll=config.scan_unroll)
+  x_btd = placement.constrain(model.embedding.encode(tokens_bt, dtype, placement),
+                              ("batch", "residual", None))
+  x_btd, _ = jax.lax.scan(body, x_btd, params["blocks"], unroll=config.scan_unroll)
   return model.final_norm(x_btd)
 
 

@@ -126,12 +126,6 @@ def newest_step(path: pathlib.Path) -> int | None:
     checkpoints.close()
 
 
-def placed(tree: Any) -> Any:
-  """Gives every ShapeDtypeStruct the default device, which Orbax wants to be told."""
-  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
-
-
 def progress_of(experiment: schema.Experiment, store_fingerprint: str, step: int,
                 tokens: int) -> dict[str, Any]:
   """What a checkpoint says of itself."""

@@ -1,8 +1,12 @@
 """Cross-entropy in float32. Law 3: the loss is a sum and a count, never a mean.
 
 The logits of a whole batch are the largest array of a step (tokens x 32,000 x 4 bytes), so
-they are made a chunk of tokens at a time. The gradient of a chunk is taken while its logits
-are there, which costs no second product with the embedding in the backward pass.
+they are made for a piece of the tokens at a time. The gradient of a piece is taken while its
+logits are there, which costs no second product with the embedding in the backward pass.
+
+Every piece has as many tokens of each device as of every other, so the axes of a piece are
+ibjtd: i devices along the batch, b sequences of each, j devices along the sequence, t tokens of
+each. On one device i and j are 1.
 """
 
 import functools
@@ -10,85 +14,128 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from chinchilla_jax.model.placement import WHOLE, Placement
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def cross_entropy(x_nd, embedding_vd, bias_v, targets_n, weights_n, z_loss: float, chunk: int):
+_TOKENS = ("batch", None, "length", None)  # Logical axes of ibjt.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def cross_entropy(x_btd, embedding_vd, bias_v, targets_bt, weights_bt, z_loss: float, chunk: int,
+                  placement: Placement = WHOLE):
   """Sums over tokens of weighted negative log-likelihood and of the z-loss.
 
   Args:
-    x_nd: final hidden states, in the activation dtype.
-    embedding_vd: tied embedding, any float dtype; multiplied in the dtype of x_nd.
+    x_btd: final hidden states, in the activation dtype.
+    embedding_vd: tied embedding, any float dtype; multiplied in the dtype of x_btd.
     bias_v: output-logit bias.
-    targets_n: int32, the piece that follows.
-    weights_n: float32, 0 for targets that do not count.
+    targets_bt: int32, the token that follows.
+    weights_bt: float32, 0 for targets that do not count.
     z_loss: coefficient of log²Z (PaLM, section 5); 0 for none.
-    chunk: tokens per chunk; 0 for all at once.
+    chunk: tokens whose logits a device holds at once, about; 0 for all at once.
+    placement: how tokens and vocabulary lie over devices.
 
   Returns:
     (objective, nll): float32 scalars; nll in nats, objective = nll + z_loss · Σ w·log²Z.
     The gradient is that of the objective; nll is for the log and carries none.
   """
-  chunks = _chunks(chunk, x_nd, targets_n, weights_n)
+  pieces = _Pieces(x_btd.shape[:2], chunk, placement)
 
   def body(total, part):
-    _, objective, nll = _forward(embedding_vd, bias_v, part, z_loss)
+    _, objective, nll = _forward(embedding_vd, bias_v, part, z_loss, placement)
     return (total[0] + objective, total[1] + nll), None
 
-  return jax.lax.scan(body, (jnp.float32(0), jnp.float32(0)), chunks)[0]
+  parts = tuple(map(pieces.split, (x_btd, targets_bt, weights_bt)))
+  return jax.lax.scan(body, (jnp.float32(0), jnp.float32(0)), parts)[0]
 
 
-def _chunks(chunk: int, x_nd, targets_n, weights_n):
-  """Pads with tokens of weight 0 and splits into equal chunks: (n_chunks, chunk, ...)."""
-  n = x_nd.shape[0]
-  chunk = min(chunk or n, n)
-  pad = -n % chunk
-  split = lambda a: jnp.pad(a, ((0, pad),) + ((0, 0),) * (a.ndim - 1)).reshape(
-      -1, chunk, *a.shape[1:])
-  return split(x_nd), split(targets_n), split(weights_n)
+class _Pieces:
+  """Cuts [b, t, ...] into equal pieces [n, i, b, j, t, ...] and puts them together again.
+
+  What does not divide is padded with zeros: tokens of weight 0.
+  """
+
+  def __init__(self, shape: tuple[int, int], chunk: int, placement: Placement):
+    (self._b, self._t), self._constrain = shape, placement.constrain
+    self._i, self._j = placement.shards("batch"), placement.shards("length")
+    b, t = self._b // self._i, self._t // self._j  # One device's.
+    self._n_t = -(-t // min(chunk or t, t))
+    self._n_b = -(-b // max(1, (chunk or b * t) // t))
+    self._pad_b, self._pad_t = -b % self._n_b, -t % self._n_t
+
+  def split(self, x):
+    rest = x.shape[2:]
+    x = self._constrain(x, ("batch", "length", *(None for _ in rest)))
+    x = x.reshape(self._i, self._b // self._i, self._j, self._t // self._j, *rest)
+    if self._pad_b or self._pad_t:
+      x = jnp.pad(x, ((0, 0), (0, self._pad_b), (0, 0), (0, self._pad_t), *((0, 0) for _ in rest)))
+    i, b, j, t = x.shape[:4]
+    x = x.reshape(i, self._n_b, b // self._n_b, j, self._n_t, t // self._n_t, *rest)
+    x = jnp.moveaxis(x, (1, 4), (0, 1))
+    return x.reshape(-1, *x.shape[2:])
+
+  def join(self, x):
+    _, i, b, j, t, *rest = x.shape
+    x = jnp.moveaxis(x.reshape(self._n_b, self._n_t, i, b, j, t, *rest), (0, 1), (1, 4))
+    x = x.reshape(i, self._n_b * b, j, self._n_t * t, *rest)
+    x = x[:, :self._b // self._i, :, :self._t // self._j]
+    x = x.reshape(self._b, self._t, *rest)
+    return self._constrain(x, ("batch", "length", *(None for _ in rest)))
 
 
-def _forward(embedding_vd, bias_v, part, z_loss):
-  x_nd, targets_n, weights_n = part
-  logits_nv = jnp.einsum("nd,vd->nv", x_nd, embedding_vd.astype(x_nd.dtype),
-                         preferred_element_type=jnp.float32)
-  logits_nv += bias_v.astype(jnp.float32)[None, :]
-  log_z_n = jax.nn.logsumexp(logits_nv, axis=-1)
-  target_n = jnp.take_along_axis(logits_nv, targets_n[:, None], axis=-1)[:, 0]
-  nll = jnp.sum(weights_n * (log_z_n - target_n))
-  objective = nll + z_loss * jnp.sum(weights_n * log_z_n**2) if z_loss else nll
-  return (logits_nv, log_z_n), objective, nll
+def _forward(embedding_vd, bias_v, part, z_loss, placement):
+  x, targets, weights = part
+  logits = jnp.einsum("ibjtd,vd->ibjtv", x, embedding_vd.astype(x.dtype),
+                      preferred_element_type=jnp.float32)
+  logits = placement.constrain(logits, (*_TOKENS, "vocab"))
+  logits += bias_v.astype(jnp.float32)[None, None, None, None]
+  log_z = jax.nn.logsumexp(logits, axis=-1)
+  # A sum with one term, not a look-up: a vocabulary cut among devices then stays where it is.
+  target = jnp.sum(jnp.where(_is_target(targets, bias_v), logits, 0.0), axis=-1)
+  nll = jnp.sum(weights * (log_z - target))
+  objective = nll + z_loss * jnp.sum(weights * log_z**2) if z_loss else nll
+  return (logits, log_z), objective, nll
 
 
-def _cross_entropy_fwd(x_nd, embedding_vd, bias_v, targets_n, weights_n, z_loss, chunk):
-  embedding = embedding_vd.astype(x_nd.dtype)
-  vocab = embedding_vd.shape[0]
+def _is_target(targets, bias_v):
+  return targets[..., None] == jnp.arange(bias_v.shape[0])[None, None, None, None]
+
+
+def _cross_entropy_fwd(x_btd, embedding_vd, bias_v, targets_bt, weights_bt, z_loss, chunk,
+                       placement):
+  embedding = embedding_vd.astype(x_btd.dtype)
+  pieces = _Pieces(x_btd.shape[:2], chunk, placement)
+  parts = tuple(map(pieces.split, (x_btd, targets_bt, weights_bt)))
+  # Sums over tokens stay apart by device, or every piece would add them up over all devices.
+  per_device = lambda x, *names: placement.constrain(x, ("batch", "length", *names))
 
   def body(carry, part):
-    objective_sum, nll_sum, d_embedding_vd, d_bias_v = carry
-    (logits_nv, log_z_n), objective, nll = _forward(embedding, bias_v, part, z_loss)
+    objective_sum, nll_sum, d_embedding, d_bias = carry
+    (logits, log_z), objective, nll = _forward(embedding, bias_v, part, z_loss, placement)
     x, targets, weights = part
-    scale_n = weights * (1 + 2 * z_loss * log_z_n) if z_loss else weights
-    d_logits_nv = jnp.exp(logits_nv - log_z_n[:, None]) * scale_n[:, None]
-    is_target_nv = targets[:, None] == jnp.arange(vocab)[None, :]
-    d_logits_nv -= jnp.where(is_target_nv, weights[:, None], 0.0)
-    d_bias_v += jnp.sum(d_logits_nv, axis=0)
-    d_logits_nv = d_logits_nv.astype(x.dtype)
-    d_x = jnp.einsum("nv,vd->nd", d_logits_nv, embedding)
-    d_embedding_vd += jnp.einsum("nv,nd->vd", d_logits_nv, x, preferred_element_type=jnp.float32)
-    return (objective_sum + objective, nll_sum + nll, d_embedding_vd, d_bias_v), d_x
+    scale = weights * (1 + 2 * z_loss * log_z) if z_loss else weights
+    d_logits = jnp.exp(logits - log_z[..., None]) * scale[..., None]
+    d_logits -= jnp.where(_is_target(targets, bias_v), weights[..., None], 0.0)
+    d_bias += jnp.sum(d_logits, axis=(1, 3))
+    d_logits = d_logits.astype(x.dtype)
+    d_x = jnp.einsum("ibjtv,vd->ibjtd", d_logits, embedding)
+    d_embedding += jnp.einsum("ibjtv,ibjtd->ijvd", d_logits, x, preferred_element_type=jnp.float32)
+    carry = (objective_sum + objective, nll_sum + nll, per_device(d_embedding, "vocab", None),
+             per_device(d_bias, "vocab"))
+    return carry, placement.constrain(d_x, (*_TOKENS, None))
 
   zero = jnp.float32(0)
-  start = (zero, zero, jnp.zeros(embedding_vd.shape, jnp.float32),
-           jnp.zeros(bias_v.shape, jnp.float32))
-  (objective, nll, d_embedding_vd, d_bias_v), d_x = jax.lax.scan(
-      body, start, _chunks(chunk, x_nd, targets_n, weights_n))
-  d_x_nd = d_x.reshape(-1, x_nd.shape[1])[:x_nd.shape[0]]
-  grads = (d_x_nd, d_embedding_vd.astype(embedding_vd.dtype), d_bias_v.astype(bias_v.dtype))
+  shards = parts[0].shape[1], parts[0].shape[3]
+  start = (zero, zero,
+           per_device(jnp.zeros((*shards, *embedding_vd.shape), jnp.float32), "vocab", None),
+           per_device(jnp.zeros((*shards, *bias_v.shape), jnp.float32), "vocab"))
+  (objective, nll, d_embedding, d_bias), d_x = jax.lax.scan(body, start, parts)
+  grads = (pieces.join(d_x), jnp.sum(d_embedding, axis=(0, 1)).astype(embedding_vd.dtype),
+           jnp.sum(d_bias, axis=(0, 1)).astype(bias_v.dtype))
   return (objective, nll), grads
 
 
-def _cross_entropy_bwd(z_loss, chunk, grads, cotangents):
-  del z_loss, chunk
+def _cross_entropy_bwd(z_loss, chunk, placement, grads, cotangents):
+  del z_loss, chunk, placement
   scale = cotangents[0]
   return (*((g * scale).astype(g.dtype) for g in grads), None, None)
 

@@ -19,6 +19,10 @@ class Recorder:
 
   So the host reads and writes while the device works. The time between two reads is the time
   of a step; `resume` after a pause keeps evaluations and saves out of it.
+
+  Attributes:
+    stop_signal: the signal by which some process asked all to stop, or 0; it comes with the
+      values of a step as `stop_signal` and is not recorded.
   """
 
   def __init__(self, experiment: schema.Experiment, clock: durations.Clock, sinks: Sequence[Any],
@@ -27,7 +31,9 @@ class Recorder:
     self._clock = clock
     self._sinks = sinks
     self._log_every = log_every
-    self._peak = topology.peak_flops(jax.devices()[0].device_kind)
+    self.stop_signal = 0
+    peak = topology.peak_flops(jax.devices()[0].device_kind)
+    self._peak = peak and peak * len(jax.devices())
     model, seq_len = experiment.model, experiment.data.seq_len
     self._flops_per_token = {"mfu": flops.matmul(model, seq_len),
                              "mfu_causal": flops.matmul_causal(model, seq_len)}
@@ -67,6 +73,7 @@ class Recorder:
       return
     step, values = pending
     values = {name: float(value) for name, value in jax.device_get(values).items()}
+    self.stop_signal = int(values.pop("stop_signal", 0))
     now = time.perf_counter()
     sequences = self._clock.batches.sequences(step - 1)
     record = self._stamp({"kind": "train", "step": step, **values})
@@ -75,7 +82,7 @@ class Recorder:
       self._speeds.append(speed)
       record["tokens_per_second"] = round(speed, 1)
       if self._peak is not None:
-        # Of the peak in bfloat16; attention counted over all pairs, and over visible pairs.
+        # Of all devices' bfloat16 peak; attention over all pairs, and over visible pairs.
         for name, per_token in self._flops_per_token.items():
           record[name] = round(speed * per_token / self._peak, 4)
     self._before = now

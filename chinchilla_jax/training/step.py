@@ -7,7 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from chinchilla_jax import config as schema
+from chinchilla_jax import durations
 from chinchilla_jax.model import transformer
+from chinchilla_jax.model.placement import WHOLE, Placement, Rows
+from chinchilla_jax.parallel.layout import Layout
 from chinchilla_jax.training import loss
 from chinchilla_jax.training.optimizer import AdamW
 from chinchilla_jax.training.state import State
@@ -15,21 +18,33 @@ from chinchilla_jax.training.state import State
 Batch = dict[str, jax.Array]  # inputs_bt, targets_bt, segments_bt: int32; weights_bt: float32.
 
 
-def loss_sums(experiment: schema.Experiment, params: Any, batch: Batch):
+def loss_sums(experiment: schema.Experiment, params: Any, batch: Batch,
+              placement: Placement = WHOLE):
   """(objective, nll): weighted sums over the targets of a batch, in nats, float32."""
+  rows = Rows.of(batch["inputs_bt"].shape[1], placement.shards("length"),
+                 experiment.model.attention_block)
+  batch = {name: placement.constrain(rows.deal(a, axis=1), ("batch", "length"))
+           for name, a in batch.items()}
   x_btd = transformer.hidden(experiment.model, params, batch["inputs_bt"], batch["segments_bt"],
-                             jnp.dtype(experiment.precision.activations))
+                             jnp.dtype(experiment.precision.activations), placement)
+  embedding = placement.weights("embedding", params["embedding"])
   return loss.cross_entropy(
-      x_btd.reshape(-1, x_btd.shape[-1]), params["embedding"]["table"],
-      params["embedding"]["logit_bias"], batch["targets_bt"].reshape(-1),
-      batch["weights_bt"].reshape(-1), experiment.loss.z_loss, experiment.loss.chunk)
+      x_btd, embedding["table"], embedding["logit_bias"], batch["targets_bt"],
+      batch["weights_bt"], experiment.loss.z_loss, experiment.loss.chunk, placement)
 
 
-def gradients(experiment: schema.Experiment, params: Any, batch: Batch):
+def gradients(experiment: schema.Experiment, params: Any, batch: Batch,
+              layout: Layout | None = None):
   """Gradient of the mean loss over a batch, summed over microbatches.
 
   Every microbatch contributes the gradient of its *sum*; one division by the weight of the
   whole batch follows, so ragged masks cannot weigh microbatches unequally (law 3).
+
+  Args:
+    experiment: model, precision, loss, and how many microbatches a batch of this size has.
+    params: in the dtype of the parameters.
+    batch: [B, T] arrays.
+    layout: over devices; gradients then lie as the optimizer's state does.
 
   Returns:
     (grads, nll, weight): gradients in the handed-over dtype (float32 if accumulated),
@@ -37,28 +52,31 @@ def gradients(experiment: schema.Experiment, params: Any, batch: Batch):
   """
   if experiment.precision.gradients == "float32":
     params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+  placement = WHOLE if layout is None else layout.placement
+  settle = (lambda grads: grads) if layout is None else layout.like_optimizer
   grad_fn = jax.value_and_grad(
-      lambda p, part: loss_sums(experiment, p, part), has_aux=True)
+      lambda p, part: loss_sums(experiment, p, part, placement), has_aux=True)
   weight = jnp.sum(batch["weights_bt"])
-  count = experiment.batch.microbatches
+  count = durations.microbatches(experiment.batch, batch["inputs_bt"].shape[0])
   if count == 1:
     (_, nll), grads = grad_fn(params, batch)
   else:
     def accumulate(carry, part):
       grads, nll = carry
       (_, part_nll), part_grads = grad_fn(params, part)
-      grads = jax.tree.map(lambda g, p: g + p.astype(jnp.float32), grads, part_grads)
-      return (grads, nll + part_nll), None
+      grads = jax.tree.map(lambda g, p: g + p.astype(jnp.float32), grads, settle(part_grads))
+      return (settle(grads), nll + part_nll), None
 
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-    parts = jax.tree.map(lambda a: a.reshape(count, -1, *a.shape[1:]), batch)
+    zeros = settle(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+    # Every count-th sequence: a microbatch then has as many of each device as the batch has.
+    parts = jax.tree.map(lambda a: a.reshape(-1, count, *a.shape[1:]).swapaxes(0, 1), batch)
     (grads, nll), _ = jax.lax.scan(accumulate, (zeros, jnp.float32(0)), parts)
   divisor = jnp.maximum(weight, 1.0)
-  grads = jax.tree.map(lambda g: g.astype(jnp.float32) / divisor, grads)
+  grads = jax.tree.map(lambda g: g.astype(jnp.float32) / divisor, settle(grads))
   return grads, nll, weight
 
 
-def make_train_step(experiment: schema.Experiment, optimizer: AdamW,
+def make_train_step(experiment: schema.Experiment, optimizer: AdamW, layout: Layout | None = None,
                     ) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
   """The step of one experiment: (state, batch) -> (state, metrics).
 
@@ -66,16 +84,20 @@ def make_train_step(experiment: schema.Experiment, optimizer: AdamW,
   `update_norm`, `learning_rate`, `targets` (weight of the batch), and the guard's
   `nonfinite_run` and `nonfinite_total`.
 
+  With a layout, state and batch lie on its mesh: jit it with the shardings of `Layout.state`.
+
   A non-finite loss or gradient leaves parameters and optimizer as they were; the guard
   counts it.
   """
   root = jax.random.key(experiment.seed)
 
   def train_step(state: State, batch: Batch):
-    grads, nll, weight = gradients(experiment, state["params"], batch)
+    grads, nll, weight = gradients(experiment, state["params"], batch, layout)
     key = jax.random.fold_in(root, state["step"])
     params, optimizer_state, norms = optimizer.apply(
         grads, state["optimizer"], state["params"], state["step"], key)
+    if layout is not None:  # What is gathered has the dtype of the parameters, not the master's.
+      params = layout.like_optimizer(params)
 
     good = jnp.isfinite(nll) & jnp.isfinite(norms["grad_norm"])
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
@@ -94,11 +116,13 @@ def make_train_step(experiment: schema.Experiment, optimizer: AdamW,
   return train_step
 
 
-def make_eval_step(experiment: schema.Experiment) -> Callable[..., dict[str, jax.Array]]:
+def make_eval_step(experiment: schema.Experiment,
+                   layout: Layout | None = None) -> Callable[..., dict[str, jax.Array]]:
   """(params, batch, piece_bytes_v) -> sums over the batch: `nll`, `targets`, `bytes`."""
+  placement = WHOLE if layout is None else layout.placement
 
   def eval_step(params: Any, batch: Batch, piece_bytes_v: jax.Array):
-    _, nll = loss_sums(experiment, params, batch)
+    _, nll = loss_sums(experiment, params, batch, placement)
     bytes_bt = piece_bytes_v[batch["targets_bt"]].astype(jnp.float32) * batch["weights_bt"]
     return {"nll": nll, "targets": jnp.sum(batch["weights_bt"]), "bytes": jnp.sum(bytes_bt)}
 

@@ -11,17 +11,29 @@ from chinchilla_jax import config as schema
 from chinchilla_jax.data import tokens
 from chinchilla_jax.errors import UserError
 from chinchilla_jax.model import transformer
+from chinchilla_jax.parallel import mesh
+from chinchilla_jax.parallel.layout import Layout
 from chinchilla_jax.training import checkpoint
 from chinchilla_jax.training.run_folder import RunFolder
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-  """One checkpoint of a run. `params` is the nested dict of arrays that the model takes."""
+  """One checkpoint of a run.
+
+  Attributes:
+    experiment: the run's config.
+    store: its token store.
+    step: of the checkpoint.
+    layout: over the devices that are here, whatever mesh the run had: parameters are cut over
+      all of them (fsdp).
+    params: the nested dict of arrays that the model takes.
+  """
 
   experiment: schema.Experiment
   store: tokens.TokenStore
   step: int
+  layout: Layout
   params: Any
 
 
@@ -49,6 +61,8 @@ def load(workdir: str | os.PathLike, step: int | None = None) -> Trained:
     if checkpoints.progress(step)["store_fingerprint"] != store.fingerprint:
       raise UserError(f"config.data.store: {experiment.data.store} is not the store that "
                       f"{folder.path} was trained on; prepare that one again")
+    experiment = dataclasses.replace(experiment, mesh=schema.Mesh())
+    layout = Layout(experiment, mesh.make(experiment.mesh))
     wanted = transformer.abstract(experiment.model, jnp.dtype(experiment.precision.parameters))
-    params = checkpoints.restore(step, {"params": checkpoint.placed(wanted)})["params"]
-  return Trained(experiment, store, step, params)
+    params = checkpoints.restore(step, layout.placed({"params": wanted}))["params"]
+  return Trained(experiment, store, step, layout, params)

@@ -18,7 +18,7 @@ def test_bits_per_byte_by_hand(tiny_run):
   experiment, workdir = tiny_run
   experiment = with_fields(experiment, evaluation__max_tokens=0, precision__activations="float32")
   model = trained.load(workdir)
-  result = held_out.HeldOut(experiment, model.store)(model.params)
+  result = held_out.HeldOut(experiment, model.store, model.layout)(model.params)
 
   split, t = model.store.split("validation"), experiment.data.seq_len
   ids = split.read(0, split.n_tokens).astype(np.int32)
@@ -43,8 +43,8 @@ def test_bits_per_byte_by_hand(tiny_run):
 def test_the_batch_size_of_evaluation_changes_nothing(tiny_run):
   experiment, workdir = tiny_run
   model = trained.load(workdir)
-  results = [held_out.HeldOut(with_fields(experiment, evaluation__batch=b), model.store)(
-      model.params) for b in (1, 3, 16)]
+  results = [held_out.HeldOut(with_fields(experiment, evaluation__batch=b), model.store,
+                              model.layout)(model.params) for b in (1, 3, 16)]
   for result in results[1:]:
     assert (result.targets, result.bytes) == (results[0].targets, results[0].bytes)
     np.testing.assert_allclose(result.nll, results[0].nll, rtol=1e-4)

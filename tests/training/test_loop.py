@@ -16,6 +16,8 @@ from tiny import with_fields
 
 from chinchilla_jax import config_io
 from chinchilla_jax.errors import UserError
+from chinchilla_jax.parallel import mesh
+from chinchilla_jax.parallel.layout import Layout
 from chinchilla_jax.training import checkpoint, loop, trained
 from chinchilla_jax.training.run_folder import RunFolder
 
@@ -30,7 +32,8 @@ def records(workdir):
 
 def state_of(experiment, workdir, step):
   made = loop.plan(experiment)
-  wanted = checkpoint.placed(loop.state_lib.abstract(experiment.model, made.optimizer))
+  layout = Layout(experiment, mesh.on_one())
+  wanted = layout.placed(loop.state_lib.abstract(experiment.model, made.optimizer))
   opened = checkpoint.Checkpoints(RunFolder(workdir).checkpoints)
   try:
     return opened.restore(step, wanted)
@@ -80,7 +83,7 @@ def test_keeps_the_newest_checkpoints_and_every_so_many(tiny, tmp_path):
 
 
 class _StopAfter:
-  """Stands in for Ctrl-C at a known step."""
+  """Stands in for Ctrl-C; the loop hears of it with the values of the step before."""
 
   def __init__(self, steps):
     self.left = steps
@@ -97,11 +100,11 @@ class _StopAfter:
     return signal.SIGINT if self.left < 0 else None
 
 
-@pytest.mark.parametrize("stop", [1, 5, 6, 8])
+@pytest.mark.parametrize("stop", [2, 5, 6, 8])
 def test_a_stopped_run_goes_on_bit_for_bit(tiny_run, tmp_path, monkeypatch, stop):
   experiment, uninterrupted = tiny_run
   with monkeypatch.context() as patched:
-    patched.setattr(loop.guards, "Interrupt", lambda: _StopAfter(stop - 1))
+    patched.setattr(loop.guards, "Interrupt", lambda: _StopAfter(stop - 2))
     outcome = loop.train(experiment, tmp_path / "run")
   assert outcome.step == stop and outcome.signal == signal.SIGINT
   outcome = loop.train(experiment, tmp_path / "run")
@@ -182,13 +185,16 @@ def test_init_from_takes_the_master_copy(tiny_run, tmp_path):
   experiment, workdir = tiny_run
   fields = dict(checkpoint__init_from=str(workdir), seed=5)
   made = loop.plan(with_fields(experiment, **fields))
-  state, step, notes = loop.starting_state(made, RunFolder(tmp_path / "run"))
+  folder = RunFolder(tmp_path / "run")
+  layout = Layout(made.experiment, mesh.on_one())
+  state, step, notes = loop.starting_state(made, folder, None, layout)
   source = state_of(experiment, workdir, 12)
   assert step == 0 and "step 12" in notes[0]
   assert_same(state["optimizer"]["master"], source["optimizer"]["master"])
   assert_same(state["params"], source["params"])
   made = loop.plan(with_fields(experiment, precision__parameters="float32", **fields))
-  state, _, _ = loop.starting_state(made, RunFolder(tmp_path / "run"))
+  layout = Layout(made.experiment, mesh.on_one())
+  state, _, _ = loop.starting_state(made, folder, None, layout)
   assert_same(state["params"], source["optimizer"]["master"])
 
 
