@@ -115,7 +115,8 @@ class Mesh:
       choices=("replicated", "fsdp", "deepmind", "fsdp_tensor"))
   slice: int = setting(
       0, "slices joined by the data-centre network, each with a copy of everything; 0: as many as "
-      "the devices say they lie in", unit="slices", kind="layout", at_least=0)
+      "the devices say they lie in (GPUs: nodes); 1: data goes across them", unit="slices",
+      kind="layout", at_least=0)
   data: int = setting(
       0, "parts of the batch in a slice; 0: all devices that the other axes leave",
       unit="devices", kind="layout", at_least=0)

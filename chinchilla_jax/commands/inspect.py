@@ -109,7 +109,7 @@ def _mesh(experiment: schema.Experiment, args: argparse.Namespace) -> tuple[Any,
   if args.devices is not None:
     return report.abstract_mesh(experiment.mesh, args.devices), "", None
   slices = topology.parse(args.topology, 1 if args.slices is None else args.slices)
-  made = report.abstract_mesh(experiment.mesh, slices.devices, slices.slices)
+  made = report.abstract_mesh(experiment.mesh, slices.devices, slices.networks)
   return made, slices.name, slices.chip.hbm_bytes_per_device
 
 

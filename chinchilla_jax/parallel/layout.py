@@ -145,7 +145,8 @@ class Layout:
       _, _, rest = rest.partition("/")
     names = self._names.get(rest, (None,) * len(leaf.shape))
     table = self._strategy.parameters if kind == "params" else self._strategy.optimizer
-    if text := patterns.match(path, self._config.overrides, ""):
+    text = patterns.match(path, self._config.overrides, None)
+    if text is not None and leaf.shape:  # There is nothing to cut in a number.
       spec = rules.parse_spec(text, leaf.shape, self._shape, f"config.mesh.overrides, {path}")
       return Entry(path, names, leaf.shape, leaf.dtype, rules.Resolved(spec), text)
     resolved = rules.resolve(leaf.shape, names, table, self._shape, self._config.whole_below)

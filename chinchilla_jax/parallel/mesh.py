@@ -23,7 +23,8 @@ def sizes(config: schema.Mesh, n_devices: int, n_slices: int = 1) -> dict[str, i
   """Sizes of the mesh's axes; works out the ones that the config leaves open.
 
   Args:
-    config: `slice` 0 takes n_slices, `data` 0 takes the devices that the other axes leave.
+    config: `slice` 0 takes n_slices, `data` 0 takes the devices that the other axes leave. With
+      `slice` 1 the data axis goes over all slices.
     n_devices: in all slices together.
     n_slices: that the devices say they lie in.
 
@@ -34,14 +35,18 @@ def sizes(config: schema.Mesh, n_devices: int, n_slices: int = 1) -> dict[str, i
   others = slices * config.context * config.tensor
   where = (f"config.mesh: slice {slices} x data {config.data or '(the rest)'} x context "
            f"{config.context} x tensor {config.tensor}")
-  if n_slices > 1 and slices % n_slices:
-    raise UserError(f"{where} on {n_slices} slices; set config.mesh.slice to {n_slices}, or to 0")
+  if slices % n_slices and slices != 1:
+    raise UserError(f"{where} on {n_slices} slices; set config.mesh.slice to 0, to a multiple of "
+                    f"{n_slices}, or to 1, which puts data across slices")
   if n_devices % others or (config.data and others * config.data != n_devices):
     product = others * (config.data or 1)
     raise UserError(f"{where} does not make {n_devices} devices (got {product}"
                     f"{'' if config.data else ' x data'}); change an axis, or set "
                     "config.mesh.data to 0")
   data = n_devices // others
+  if slices < n_slices and data % n_slices:
+    raise UserError(f"{where}: data {data} does not divide among {n_slices} slices; set "
+                    "config.mesh.slice to 0")
   return dict(zip(AXES, (slices, data, config.context, config.tensor), strict=True))
 
 
@@ -61,9 +66,11 @@ def make(config: schema.Mesh, devices: Sequence[Any] | None = None) -> jax.shard
   shape = tuple(sizes(config, len(devices), len(slices)).values())
   try:
     if len(slices) > 1:
-      inner = (shape[0] // len(slices), *shape[1:])
+      across = tuple(len(slices) if axis == ("slice" if shape[0] > 1 else "data") else 1
+                     for axis in AXES)
+      inner = tuple(n // outer for n, outer in zip(shape, across, strict=True))
       array = mesh_utils.create_hybrid_device_mesh(
-          inner, (len(slices), 1, 1, 1), devices, allow_split_physical_axes=True)
+          inner, across, devices, allow_split_physical_axes=True)
     else:
       array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   except (NotImplementedError, ValueError):

@@ -244,6 +244,11 @@ class Slice:
     return -(-self.chips_per_slice // self.chip.chips_per_host) * self.slices
 
   @property
+  def networks(self) -> int:
+    """Groups of devices that a fast network joins: TPU slices, GPU nodes (as JAX counts slices)."""
+    return self.slices if self.chip.ici_dims else -(-self.chips // GPUS_PER_NODE)
+
+  @property
   def wraps(self) -> tuple[bool, ...]:
     """Per torus dimension: does a link join its two ends? Empty for GPUs."""
     return self.chip.wraps(self.shape) if self.chip.ici_dims else ()

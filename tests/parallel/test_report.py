@@ -153,7 +153,8 @@ def test_an_override_that_cannot_be_kept_is_refused():
 @pytest.mark.parametrize("experiment, n_devices, n_slices", [
     (chinchilla(mesh__strategy="deepmind", mesh__tensor=16), 1024, 1),
     (chinchilla(mesh__strategy="fsdp_tensor", mesh__tensor=8, mesh__context=4), 4096, 2),
-    (chinchilla(mesh__overrides=(("w_in", "-,-,-"),)), 1000, 1)])
+    (chinchilla(mesh__strategy="fsdp", mesh__tensor=1,
+                mesh__overrides=(("w_in", "-,-,-"),)), 1000, 1)])
 def test_the_text_fits_a_terminal(experiment, n_devices, n_slices):
   text = report.text(facts_of(experiment, n_devices, n_slices))
   assert max(map(len, text.splitlines())) <= report.COLUMNS
