@@ -15,8 +15,7 @@ import sys
 ROOT = pathlib.Path(__file__).parent.parent
 GIB = 2**30
 _70B = "--config=configs/chinchilla.py:70b"
-_BOTH = ("--config.mesh.strategy=fsdp_tensor", "--config.mesh.tensor=8",
-         "--config.model.attention_block=128")
+_BOTH = ("--config.mesh.strategy=fsdp_tensor", "--config.mesh.tensor=8")
 
 # Name, words of the command.
 ROWS = (
@@ -37,12 +36,12 @@ ROWS = (
     ("70B, 3M tokens", (_70B, "--topology=v4:8x8x16", "--sequences=1536", *_BOTH)),
     ("70B, 1.5M tokens, sequences of 8,192", (
         _70B, "--topology=v5p:8x8x8", "--config.data.seq_len=8192", "--sequences=192",
-        "--config.batch.sequences=192", "--config.batch.ramp=()", *_BOTH[:2],
-        "--config.model.attention_block=1024")),
+        "--config.batch.sequences=192", "--config.batch.ramp=()", *_BOTH,
+        "--config.model.attention_block=2048")),
     ("70B, 1.5M tokens, sequences of 8,192", (
         _70B, "--topology=v5p:8x8x8", "--config.data.seq_len=8192", "--sequences=192",
-        "--config.batch.sequences=192", "--config.batch.ramp=()", *_BOTH[:2],
-        "--config.model.attention_block=1024", "--config.mesh.context=4")),
+        "--config.batch.sequences=192", "--config.batch.ramp=()", *_BOTH,
+        "--config.model.attention_block=2048", "--config.mesh.context=4")),
 )
 
 

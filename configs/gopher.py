@@ -41,6 +41,6 @@ def get_config(name="280b"):
   if name == "280b":
     config.mesh.strategy = "fsdp_tensor"
     config.mesh.tensor = 16
-    config.model.attention_block = 512
+    config.model.attention_block = 0
     config.batch.ramp = (("50%", _SEQUENCES["6M"]),)
   return config

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     raise ahead.OutOfMemory(
         f"out of memory: peak {report.memory['peak'] / _GIB:.2f} GiB of "
         f"{report.memory['capacity'] / _GIB:.2f} GiB; what helps: "
-        f"{', or '.join(ahead.levers(experiment))}")
+        f"{', or '.join(ahead.levers(experiment, report.at_a_time))}")
   return 0
 
 

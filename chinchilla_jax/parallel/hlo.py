@@ -27,7 +27,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from chinchilla_jax.parallel import hlo_text
+from chinchilla_jax.parallel import hlo_slices, hlo_text
 from chinchilla_jax.parallel.hlo_text import Computation, Frame, Instruction, Module
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
@@ -91,7 +91,8 @@ def analyse(text: str, mesh_shape: Mapping[str, int]) -> Program:
   """What one device does in one execution of the program.
 
   Args:
-    text: `compiled.as_text()` of a program lowered for that mesh.
+    text: `compiled.as_text()` of a program lowered for that mesh. With several TPU slices it is
+      the program of one, and what goes between them is read from its transfers.
     mesh_shape: size of each axis, in the order of `mesh.axis_names`. Device ids in the text
       index `mesh.devices.flat`, as they do for a program of `jax.jit` over the mesh.
 
@@ -100,12 +101,9 @@ def analyse(text: str, mesh_shape: Mapping[str, int]) -> Program:
       loop cannot be found, or a form is not known. Nothing is guessed.
   """
   module = hlo_text.parse(text)
-  devices = module.replica_count * module.num_partitions
-  if math.prod(mesh_shape.values()) != devices:
-    raise ValueError(f"HLO: compiled for {devices} devices, but the mesh {dict(mesh_shape)} "
-                     f"has {math.prod(mesh_shape.values())}")
+  inside, outer = hlo_slices.split(mesh_shape, module.replica_count * module.num_partitions)
   t = _Tally()
-  _Reader(module, dict(mesh_shape)).walk(Frame(module.computations[module.entry]), 1, t)
+  _Reader(module, inside, outer).walk(Frame(module.computations[module.entry]), 1, t)
   return Program(tuple(t.collectives), t.flops, t.hbm, tuple(t.loops), tuple(t.opaque.items()))
 
 
@@ -125,7 +123,8 @@ class _Tally:
 class _Reader:
   """Walks the computations from the entry; holds what the walk looks up again and again."""
 
-  def __init__(self, module: Module, mesh_shape: dict[str, int]):
+  def __init__(self, module: Module, mesh_shape: dict[str, int], outer: str):
+    self.outer = outer  # The axis over slices, where the program is that of one slice.
     self.module, self.mesh_shape = module, mesh_shape
     self.users, self.reads = functools.cache(self._users), functools.cache(self._reads)
     # The TPU compiler runs one collective through a chain of fusions: the first holds it with
@@ -162,6 +161,8 @@ class _Reader:
         for branch, operand, costs in zip(branches, i.operands[1:], tallies, strict=True):
           self.walk(call(branch, (operand,)), times, costs)
         tally.add(max(tallies, key=lambda t: (t.flops, t.hbm)))
+      elif opcode == "send":
+        tally.collectives += self.transfer(i, computation, times)
       elif opcode in _KINDS:
         if not self.carries_on(i, computation):
           tally.collectives.append(self.collective(i, frame, times, fused, asynchronous))
@@ -204,6 +205,17 @@ class _Reader:
              or (computation.name, i.name) in self.starts) and '"is_sync":true' not in i.attributes
     return Collective(kind, axes, size, inputs[0].dtype, payload, times, times * sent * payload,
                       split, where)
+
+  def transfer(self, i: Instruction, computation: Computation, times: int) -> list[Collective]:
+    """What a `send` does between slices; nothing if it goes elsewhere."""
+    if (found := hlo_slices.transfer(i)) is None:
+      return []
+    kind, size = found
+    array = computation.operands(i)[0].arrays[0]
+    payload = array.bytes * (size if kind == "all-gather" else 1)
+    sent = (2 if kind == "all-reduce" else 1) * (size - 1) / size * payload
+    return [Collective(kind, (self.outer,), size, array.dtype, payload, times, times * sent, True,
+                       _where(i))]
 
   def permute_axes(self, i: Instruction) -> tuple[tuple[str, ...], int, bool]:
     """The axes along which any pair differs, their size, and whether any pair does."""

@@ -41,7 +41,8 @@ class Report:
   Attributes:
     devices: JAX devices of the mesh, and their kind.
     mesh_shape: size of each mesh axis.
-    sequences, seq_len, microbatches: of the batch.
+    sequences, seq_len, microbatches: of the batch; at_a_time: sequences of a microbatch on one
+      device.
     memory: bytes per device. `parameters`, `master`, `moments` and `other` are the train state by
       its layout, `batch` a batch; `arguments` is what the compiler counts for all of these,
       padding included; `temporaries` what the step needs beside them; `peak` the most that is
@@ -61,6 +62,7 @@ class Report:
   sequences: int
   seq_len: int
   microbatches: int
+  at_a_time: int
   memory: dict[str, int | None]
   program: hlo.Program
   model_flops: dict[str, float]
@@ -113,12 +115,16 @@ def compile_step(experiment: schema.Experiment, found: Sequence[Any],
   batch, seq_len = experiment.batch, experiment.data.seq_len
   sequences = sequences or max(batch.sequences, *(n for _, n in batch.ramp), 0)
   made = mesh.make(experiment.mesh, found)
-  refuse(experiment, made.shape)
+  only = dataclasses.replace(batch, sequences=sequences, ramp=(),
+                             microbatches=durations.microbatches(batch, sequences))
+  refuse(dataclasses.replace(experiment, batch=only), made.shape)
   layout = Layout(experiment, made)
   # A learning rate is a number to the compiler, whatever its schedule.
   adamw = optimizer.AdamW(experiment.optimizer, experiment.precision, lambda step: jnp.float32(1))
   state = layout.placed(state_lib.abstract(experiment.model, adamw))
   arrays = layout.batch((sequences, seq_len))
+  microbatches = durations.microbatches(batch, sequences)
+  at_a_time = sequences // microbatches // layout.placement.shards("batch")
   train_step = jax.jit(step_lib.make_train_step(experiment, adamw, layout), donate_argnums=0,
                        out_shardings=(layout.state(state), layout.replicated))
   started = time.perf_counter()
@@ -127,7 +133,7 @@ def compile_step(experiment: schema.Experiment, found: Sequence[Any],
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
-    raise _explained(error, experiment, found) from None
+    raise _explained(error, found, levers(experiment, at_a_time)) from None
   compile_s = time.perf_counter() - started - lower_s
 
   chip = topology.chip_of(found[0].device_kind)
@@ -144,7 +150,7 @@ def compile_step(experiment: schema.Experiment, found: Sequence[Any],
   return Report(
       devices=len(found), device_kind=found[0].device_kind, mesh_shape=dict(made.shape),
       sequences=sequences, seq_len=seq_len,
-      microbatches=durations.microbatches(batch, sequences),
+      microbatches=microbatches, at_a_time=at_a_time,
       memory=_memory(compiled, layout, state, arrays, chip), program=program,
       model_flops=model_flops, bounds=bounds, seconds=seconds, lower_s=lower_s,
       compile_s=compile_s,
@@ -188,33 +194,42 @@ def _bounds(program: hlo.Program, made: jax.sharding.Mesh, chip: topology.Chip |
                            model_flops), seconds
 
 
-def _explained(error: Exception, experiment: schema.Experiment, found) -> Exception:
+def _explained(error: Exception, found: Sequence[Any], helps: list[str]) -> Exception:
   """The compiler's complaint as one that says what to do; the error itself if it is another."""
   text = str(error)
   if "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():
     return error
   size = r"([\d.]+[KMGT]?)"
-  match = re.search(rf"Used {size} of {size} hbm\. Exceeded hbm capacity by {size}", text)
-  amount = (f"needs {_gib(match[1])} GiB of the {_gib(match[2])} GiB that a program can use, "
-            f"{_gib(match[3])} GiB too many" if match else text.splitlines()[0])
+  match = (re.search(rf"Used {size} of {size} hbm", text)
+           or re.search(rf"required for [^(]*\({size}\) exceeds available HBM \({size}\)", text))
+  amount = text.splitlines()[0]
+  if match:
+    used, room = _gib(match[1]), _gib(match[2])
+    amount = (f"needs {used:.2f} GiB of the {room:.2f} GiB that a program can use, "
+              f"{used - room:.2f} GiB too many")
   return OutOfMemory(f"out of memory: a device ({found[0].device_kind}) {amount}; what helps: "
-                     f"{', or '.join(levers(experiment))}")
+                     f"{', or '.join(helps)}")
 
 
-def _gib(text: str) -> str:
-  """"13.5G" and "900.0M", which XLA means in powers of 1,024, as GiB."""
+def _gib(text: str) -> float:
+  """"13.5G" and "900.0M", which XLA means in powers of 1,024, in GiB."""
   powers = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-  scale = powers.get(text[-1], 1)
-  return f"{float(text.rstrip('KMGT')) * scale / GIB:.2f}"
+  return float(text.rstrip("KMGT")) * powers.get(text[-1], 1) / GIB
 
 
-def levers(experiment: schema.Experiment) -> list[str]:
-  """Settings that would take less memory, the cheapest first."""
+def levers(experiment: schema.Experiment, at_a_time: int) -> list[str]:
+  """Settings that would take less memory, the cheapest first.
+
+  Args:
+    experiment: the config as it is.
+    at_a_time: sequences of a microbatch on one device.
+  """
   config, found = experiment, []
   if config.model.remat != "full":
     found.append("config.model.remat=full (recomputes each block)")
-  per_device = "sequences at a time per device"
-  found.append(f"config.batch.microbatches above {config.batch.microbatches} (fewer {per_device})")
+  if at_a_time > 1:
+    found.append(f"config.batch.microbatches above {config.batch.microbatches} (a device now has "
+                 f"{at_a_time} sequences at a time)")
   if config.mesh.strategy == "replicated":
     found.append("config.mesh.strategy=fsdp (cuts parameters and optimizer state)")
   elif config.mesh.strategy == "deepmind":

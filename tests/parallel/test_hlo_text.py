@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from chinchilla_jax.parallel import hlo, hlo_text
+from chinchilla_jax.parallel import hlo, hlo_slices, hlo_text
 
 MESH = {"slice": 1, "data": 4, "tensor": 2}
 
@@ -160,3 +160,25 @@ def test_long_text_is_read_in_a_few_seconds():
   start = time.process_time()
   assert hlo.analyse(text, MESH).hbm_bytes == 100_000 * 2 * 65536
   assert time.process_time() - start < 20  # About 1 s on an idle core.
+
+
+def test_transfers_between_slices():
+  def send(kind, target):
+    return hlo_text.Instruction(
+        "send", "f32[8]", "send", "%x, %token",
+        f'channel_id=2, is_host_transfer=true, frontend_attributes={{_xla_megascale_target='
+        f'"{target}",_xla_megascale_transfer_type="{kind}"}}', False)
+  assert hlo_slices.transfer(send("ALL_REDUCE", "{1,2}x{0:7}")) == ("all-reduce", 2)
+  assert hlo_slices.transfer(send("ALL_GATHER", "{1:4}x{0:7}")) == ("all-gather", 4)
+  assert hlo_slices.transfer(send("X", "{1:4}x{0:7}")._replace(opcode="add")) is None
+  with pytest.raises(ValueError, match="unknown form"):
+    hlo_slices.transfer(send("MANY_TO_ONE", "{1:4}x{0:7}"))
+
+
+def test_the_part_of_a_mesh_that_is_one_slice():
+  mesh = {"slice": 2, "data": 4, "tensor": 2}
+  assert hlo_slices.split(mesh, 16) == (mesh, "")
+  assert hlo_slices.split(mesh, 8) == (mesh | {"slice": 1}, "slice")
+  assert hlo_slices.split({"slice": 1, "data": 8}, 4) == ({"slice": 1, "data": 4}, "data")
+  with pytest.raises(ValueError, match="compiled for 3 devices"):
+    hlo_slices.split(mesh, 3)

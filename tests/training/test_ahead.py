@@ -56,7 +56,7 @@ def test_flops_and_bytes_grow_with_depth(small):
 @needs_libtpu
 def test_out_of_memory_says_by_how_much_and_what_helps(capsys):
   status = cli.main(["compile", "--config=configs/chinchilla.py:2980m", "--topology=v5e:2x2",
-                     "--config.mesh.strategy=replicated", "--config.batch.sequences=4",
+                     "--config.mesh.strategy=replicated", "--config.batch.sequences=8",
                      "--config.model.n_layers=12"])
   assert status == 2
   line = capsys.readouterr().err.strip()
@@ -84,7 +84,9 @@ def test_chinchilla_70b_fits_the_slice_that_its_config_names(capsys):
   # Updated parameters are gathered once a step, gradients scattered once, each 1/16 of 140 GB.
   once = 2 * 70.06e9 / 16 * 63 / 64
   assert sent["all-gather", "data"] == pytest.approx(once, rel=0.05)
-  assert sent["reduce-scatter", "data"] == pytest.approx(once, rel=0.1)
+  # libtpu leaves some scatters as a reduction to all, which sends twice as much.
+  scattered = sent["reduce-scatter", "data"] + sent["all-reduce", "data"] / 2
+  assert scattered == pytest.approx(once, rel=0.1)
   assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < 6 * 2**30
 
 
