@@ -38,8 +38,9 @@ lint: setup
 
 # The TPU compiler lies beside the environment: inside it, JAX would look for a TPU in every run.
 $(VENV)/compiler: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ "libtpu>=0.0.40"
-	@touch $@
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ "libtpu>=0.0.40" || \
+	  echo "no TPU compiler for this machine: its tests will be skipped" >&2
+	@mkdir -p $@ && touch $@
 
 # Twice: on one device, and what needs several on eight simulated ones.
 test: lint $(VENV)/compiler

@@ -16,7 +16,7 @@ from chinchilla_jax.errors import UserError
 
 COMMANDS = {
     "prepare": "turn text into a tokenizer and a token store",
-    "compile": "does a config fit and run well on devices that are not here?",
+    "compile": "memory, collectives and least time of a step on devices that are not here",
     "train": "train a model; run again to resume",
     "evaluate": "bits per byte of a checkpoint on held-out text",
     "generate": "text from a checkpoint",

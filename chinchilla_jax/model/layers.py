@@ -114,22 +114,24 @@ class RMSNorm(nnx.Module):
     return (x32 * jax.lax.rsqrt(mean_square + self.epsilon) * gain).astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def look_up(table_vd: jax.Array, tokens_bt: jax.Array, placement: Placement) -> jax.Array:
-  """Rows of the table, x_btd.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def look_up(table_vd: jax.Array, tokens_bt: jax.Array, dtype: jnp.dtype,
+            placement: Placement) -> jax.Array:
+  """Rows of the table, x_btd in `dtype`.
 
   The gradient is summed in float32: a frequent token's has very many terms, and in bfloat16 such
   a sum stops growing at 256 times them. Each device sums over its own tokens; only the sums,
   and no token's gradient, go to others.
   """
-  return jnp.take(table_vd, tokens_bt, axis=0)
+  return jnp.take(table_vd, tokens_bt, axis=0).astype(dtype)
 
 
-def _look_up_fwd(table_vd, tokens_bt, placement):
-  return look_up(table_vd, tokens_bt, placement), (table_vd, tokens_bt)
+def _look_up_fwd(table_vd, tokens_bt, dtype, placement):
+  return look_up(table_vd, tokens_bt, dtype, placement), (table_vd, tokens_bt)
 
 
-def _look_up_bwd(placement, saved, grad_btd):
+def _look_up_bwd(dtype, placement, saved, grad_btd):
+  del dtype
   table_vd, tokens_bt = saved
   i, j = placement.shards("batch"), placement.shards("length")
   by_device = lambda x: jnp.moveaxis(  # b and t of i x j devices: [i, j, b, t, ...].
@@ -159,7 +161,7 @@ class Embedding(nnx.Module):
   def encode(self, tokens_bt: jax.Array, dtype: jax.typing.DTypeLike,
              placement: Placement = WHOLE) -> jax.Array:
     """Vectors of the tokens, x_btd."""
-    return look_up(self.table[...], tokens_bt, placement).astype(dtype)
+    return look_up(self.table[...], tokens_bt, jnp.dtype(dtype), placement)
 
   def decode(self, x_btd: jax.Array) -> jax.Array:
     """Float32 logits_btv."""
