@@ -12,7 +12,7 @@ from chinchilla_jax.parallel import mesh
     ({}, 1, 1, (1, 1, 1, 1)), ({}, 8, 1, (1, 8, 1, 1)), ({}, 8, 2, (2, 4, 1, 1)),
     (dict(tensor=4), 8, 1, (1, 2, 1, 4)), (dict(context=2, tensor=2), 8, 1, (1, 2, 2, 2)),
     (dict(slice=2, tensor=2), 8, 1, (2, 2, 1, 2)), (dict(data=8), 8, 1, (1, 8, 1, 1)),
-    (dict(slice=4), 16, 2, (4, 4, 1, 1))])
+    (dict(slice=4), 16, 2, (4, 4, 1, 1)), (dict(slice=1), 8, 2, (1, 8, 1, 1))])
 def test_open_axes_take_what_is_left(fields, devices, slices, expected):
   sizes = mesh.sizes(schema.Mesh(**fields), devices, slices)
   assert sizes == dict(zip(mesh.AXES, expected, strict=True))
@@ -23,8 +23,8 @@ def test_open_axes_take_what_is_left(fields, devices, slices, expected):
     (dict(data=4), 8, 1, r"data 4 x context 1 x tensor 1 does not make 8 devices \(got 4\)"),
     (dict(data=4, tensor=4), 8, 1, r"does not make 8 devices \(got 16\)"),
     (dict(tensor=16), 8, 1, r"got 16 x data"),
-    (dict(slice=1), 8, 2, "slice 1 .* on 2 slices; set config.mesh.slice to 2"),
-    (dict(slice=3), 12, 2, "slice 3 .* on 2 slices"),
+    (dict(slice=1, tensor=8), 8, 2, "data 1 does not divide among 2 slices; set config.mesh.slice"),
+    (dict(slice=3), 12, 2, "slice 3 .* on 2 slices; set config.mesh.slice to 0"),
 ])
 def test_axes_that_do_not_make_the_devices_are_refused(fields, devices, slices, says):
   with pytest.raises(UserError, match=says):
