@@ -44,7 +44,7 @@ def main() -> None:
                  out_shardings=shardings)
   state = init(jax.random.key(0))
   sequences = experiment.batch.sequences
-  fixed = loop.device_batch(made, layout, (0, sequences))
+  fixed = loop.device_batch(made.sequences, layout, (0, sequences))
   state, values = train_step(state, fixed)
   jax.block_until_ready(values)
 
@@ -57,7 +57,8 @@ def main() -> None:
     record = recorder.Recorder(experiment, made.clock, sinks, 1)
     requests = ((i * sequences, sequences) for i in itertools.count())
     feed = stack.enter_context(contextlib.closing(batches.prefetch(
-        functools.partial(loop.device_batch, made, layout), requests, experiment.data.prefetch)))
+        functools.partial(loop.device_batch, made.sequences, layout), requests,
+        experiment.data.prefetch)))
     bare, looped, count = [], [], 0
     for _ in range(args.blocks):
       started = time.perf_counter()

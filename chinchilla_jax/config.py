@@ -10,13 +10,14 @@ The class of a field says when it may change:
   store        what `prepare` makes; a run holds on to the store's fingerprint instead
   length       how long the run is; may change on resume
   layout       how it is computed; may change on resume, results equal up to summation order
+  guard        what is done when numbers go wrong; may change on resume, and then results may too
   observation  what is logged, evaluated and kept; may change on resume
 """
 
 import dataclasses
 from typing import Any
 
-KINDS = ("identity", "store", "length", "layout", "observation")
+KINDS = ("identity", "store", "length", "layout", "guard", "observation")
 DTYPES = ("bfloat16", "float32")
 
 
@@ -248,7 +249,44 @@ class Checkpoint:
   keep_every: str = setting("0 steps", "also keep a checkpoint this often for good; 0 steps: none",
                             kind="observation", duration=True)
   asynchronous: bool = setting(True, "write while training goes on", kind="layout")
+  failures: int = setting(
+      3, "saves in a row that may fail (a full disk, say) before the run stops; 0: any number",
+      unit="saves", kind="observation", at_least=0)
+  verify: str = setting(
+      "full", "what is checked before a checkpoint is used: full, every checksum; sizes, file "
+      "sizes", kind="layout", choices=("full", "sizes"))
   init_from: str = setting("", "a run whose newest parameters a new run starts from")
+
+
+@dataclasses.dataclass(frozen=True)
+class Guard:
+  """What a run does when its numbers go wrong, or nothing happens any more."""
+
+  nonfinite_limit: int = setting(
+      20, "updates with a non-finite loss or gradient are skipped; stop after this many in a row",
+      unit="steps", kind="guard", at_least=1)
+  spikes: str = setting(
+      "log", "when loss or update norm stands out: log, only say so; skip, leave that update out "
+      "(OLMo-core); rollback, go back to a checkpoint before it and leave the batches "
+      "around it out (PaLM, section 5.1)", kind="guard", choices=("log", "skip", "rollback"))
+  spike_threshold: float = setting(
+      6.0, "OLMo-core's skip-step optimizers: this far above the running mean",
+      unit="standard deviations", kind="guard", above=0)
+  spike_window: int = setting(
+      128, "OLMo-core; memory of the running mean, and steps before the first judgement",
+      unit="steps", kind="guard", at_least=2)
+  rollback_before: int = setting(
+      20, "batches before the spike's that are left out; PaLM left out 200 to 500 around it",
+      unit="batches", kind="guard", at_least=0)
+  rollback_after: int = setting(80, "batches after the spike's that are left out", unit="batches",
+                                kind="guard", at_least=0)
+  rollback_limit: int = setting(
+      5, "rollbacks after which the next spike stops the run: then something else is wrong",
+      unit="rollbacks", kind="guard", at_least=1)
+  hang_after: float = setting(
+      1800.0, "without a step, the process prints all its stacks and ends with the status that "
+      "means run me again; an hour at least for the first step, which compiles; 0: never",
+      unit="seconds", kind="guard", at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,9 +312,6 @@ class Experiment:
   run_length: str = setting(
       "20 tokens/param", "compute-optimal by the paper's Approaches 1 and 2", kind="length",
       duration=True)
-  nonfinite_limit: int = setting(
-      20, "updates with a non-finite loss or gradient are skipped; stop after this many in a row",
-      unit="steps", kind="observation", at_least=1)
   model: Model = dataclasses.field(default_factory=Model)
   precision: Precision = dataclasses.field(default_factory=Precision)
   batch: Batch = dataclasses.field(default_factory=Batch)
@@ -289,6 +324,7 @@ class Experiment:
   loss: Loss = dataclasses.field(default_factory=Loss)
   evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
   checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+  guard: Guard = dataclasses.field(default_factory=Guard)
   logging: Logging = dataclasses.field(default_factory=Logging)
 
 

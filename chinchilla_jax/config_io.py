@@ -9,8 +9,10 @@ import ast
 import dataclasses
 import difflib
 import hashlib
+import importlib.machinery
 import importlib.util
 import json
+import os
 import pathlib
 import re
 import types
@@ -21,6 +23,12 @@ from typing import Any
 from chinchilla_jax import config as schema
 from chinchilla_jax import durations
 from chinchilla_jax.errors import UserError
+
+_LARGEST = 2**31 - 1  # of whole numbers: sizes and counts are int32 on devices
+_LARGER = {"tokenizer.sample_bytes": 2**53, "evaluation.max_tokens": 2**53,
+           "mesh.whole_below": 2**53}
+_LARGEST_FLOAT = 3.4e38  # of float32, in which all of them are used
+_NAME_BYTES = 200  # of a folder's name; file systems allow 255, and something may be added
 
 
 def default_config():
@@ -84,44 +92,75 @@ def from_dict(tree: dict[str, Any]) -> schema.Experiment:
 
 def _load_file(config: str) -> dict[str, Any]:
   path, argument = config, None
-  if not pathlib.Path(path).is_file() and ":" in config:
+  if not os.path.isfile(path) and ":" in config:
     path, argument = config.rsplit(":", 1)
   file = pathlib.Path(path)
-  if not file.is_file():
+  if os.path.isdir(path):
+    raise UserError(f"--config: {path!r} is a folder; give a .py or .json config file")
+  if not os.path.isfile(path):  # Unlike pathlib's, it takes a name that is too long.
     near = difflib.get_close_matches(
         file.name, [p.name for p in file.parent.glob("*") if p.suffix in (".py", ".json")], 1)
     hint = f"; did you mean {file.parent / near[0]}?" if near else ""
-    raise UserError(f"--config: no file {path!r}{hint or '; give a .py or .json config file'}")
-  if file.suffix == ".json":
-    try:
-      tree = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-      raise UserError(f"--config: {path} is not JSON ({error})") from None
-    if not isinstance(tree, dict):
-      raise UserError(f"--config: {path} does not hold a JSON object with the fields of a config")
-    return tree.get("config", tree)
-  return _to_plain(_run_config_file(file, argument))
+    raise UserError(f"--config: no file {shown(path)}"
+                    f"{hint or '; give a .py or .json config file'}")
+  if file.suffix not in (".py", ".json"):
+    raise UserError(f"--config: {path} ends in {file.suffix or 'nothing'!r}; give a .py or .json "
+                    "config file")
+  try:
+    content = file.read_bytes()
+  except OSError as error:
+    raise UserError(f"--config: {path} cannot be read ({error.strerror}); give another file, or "
+                    "the right to read it") from None
+  if file.suffix == ".py":
+    return _to_plain(_run_config_file(file, argument))
+  if argument is not None:
+    raise UserError(f"--config: {path} takes no argument; leave out {':' + argument!r}")
+  try:
+    tree = json.loads(content)
+  except RecursionError:
+    raise UserError(f"--config: {path} is not JSON of a config (nested too deeply); mend it"
+                    ) from None
+  except ValueError as error:  # Also bytes that are not UTF-8.
+    raise UserError(f"--config: {path} is not JSON ({error}); mend it, or copy it again") from None
+  tree = tree.get("config", tree) if isinstance(tree, dict) else tree
+  if not isinstance(tree, dict):
+    raise UserError(f"--config: {path} does not hold a JSON object with the fields of a config; "
+                    "give the config.json of a run, or write one like it")
+  return tree
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+  """Leaves no __pycache__ beside the user's file, where a stale one could be taken for it."""
+
+  def set_data(self, path, data, *, _mode=0o666):
+    pass
 
 
 def _run_config_file(file: pathlib.Path, argument: str | None):
-  spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+  """What the file's get_config returns. A config file is a program by design: only run your own."""
+  path = str(file.absolute())
+  spec = importlib.util.spec_from_file_location(
+      f"config_{file.stem}", path, loader=_Loader(f"config_{file.stem}", path))
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-      raise UserError(f"--config: {file} has no get_config function")
+    if not callable(getattr(module, "get_config", None)):
+      raise UserError(f"--config: {file} has no get_config function; write def get_config(), which "
+                      "returns a ConfigDict")
     result = module.get_config() if argument is None else module.get_config(argument)
   except UserError:
     raise
-  except Exception as error:  # The file is the user's; say where, in one line.
-    where = [str(file)]
+  except (Exception, SystemExit) as error:  # The file is the user's; say where, in one line.
+    line = error.lineno if isinstance(error, SyntaxError) and error.filename == path else None
     trace = error.__traceback__
     while trace is not None:
-      if trace.tb_frame.f_code.co_filename == str(file):
-        where = [f"{file}, line {trace.tb_lineno}"]
+      if trace.tb_frame.f_code.co_filename == path:
+        line = trace.tb_lineno
       trace = trace.tb_next
+    where = f"{file}, line {line}" if line else str(file)
     message = str(error.args[0] if error.args else error).splitlines() or [""]
-    raise UserError(f"--config: {where[0]}: {type(error).__name__}: {message[0]}") from None
+    raise UserError(f"--config: {where}: {type(error).__name__}: {message[0]}; mend the file, or "
+                    "give another") from None
   if not hasattr(result, "to_dict") and not isinstance(result, dict):
     raise UserError(f"--config: get_config of {file} returns {type(result).__name__}, not a "
                     "ConfigDict; start from chinchilla_jax.config_io.default_config()")
@@ -135,7 +174,7 @@ def _to_plain(tree: Any) -> dict[str, Any]:
 
 def _build(section: type, tree: Any, prefix: str) -> Any:
   if not isinstance(tree, dict):
-    raise UserError(f"config.{prefix.rstrip('.')}: got {tree!r}, expected a group of fields")
+    raise UserError(f"config.{prefix.rstrip('.')}: got {shown(tree)}, expected a group of fields")
   by_name = {field.name: field for field in dataclasses.fields(section)}
   for name in tree:
     if name not in by_name:
@@ -150,15 +189,37 @@ def _build(section: type, tree: Any, prefix: str) -> Any:
   return section(**values)
 
 
-def _unknown(name: str, shown: str) -> UserError:
+def _unknown(name: str, where: str) -> UserError:
   names = [known for known, _ in schema.fields()]
-  near = difflib.get_close_matches(name, names, 1, 0.5)
+  groups = sorted({known.rsplit(".", 1)[0] for known in names if "." in known})
+  if name in groups:
+    inside = next(known for known in names if known.startswith(f"{name}."))
+    return UserError(f"{where}: no such field; {name} is a group of fields such as {inside}")
+  leaf = name.rsplit(".", 1)[-1]
+  leaves = {known.rsplit(".", 1)[-1]: known for known in names}
+  if "." in name:
+    near = difflib.get_close_matches(name, names, 1, 0.5)
+  elif leaf in leaves:
+    near = [leaves[leaf]]
+  else:
+    near = difflib.get_close_matches(name, [*groups, *names], 1, 0.7)
   if not near:  # The right leaf in the wrong group is the commonest slip.
-    leaf = name.rsplit(".", 1)[-1]
-    leaves = {known.rsplit(".", 1)[-1]: known for known in names}
     near = [leaves[hit] for hit in difflib.get_close_matches(leaf, leaves, 1)]
   hint = f"did you mean {near[0]}?" if near else "the names are in docs/configuration.md"
-  return UserError(f"{shown}: no such field; {hint}")
+  return UserError(f"{shorten(where)}: no such field; {hint}")
+
+
+def shown(value: Any) -> str:
+  """A value for a message, cut where it is endless."""
+  try:
+    return shorten(repr(value))
+  except (ValueError, RecursionError):  # A number of thousands of digits.
+    return f"a {type(value).__name__} too large to show"
+
+
+def shorten(text: str) -> str:
+  """At most about a hundred characters of a text."""
+  return text if len(text) <= 100 else f"{text[:60]}... ({len(text):,} characters)"
 
 
 def _describe(kind: Any) -> str:
@@ -173,31 +234,31 @@ def _describe(kind: Any) -> str:
   }[kind]
 
 
-def _parse(text: str | None, kind: Any, shown: str) -> Any:
+def _parse(text: str | None, kind: Any, where: str) -> Any:
   """The value that a flag's text stands for, by the type in the schema."""
   if text is None:
     if kind is bool:
       return True
-    raise UserError(f"{shown}: no value given, expected {_describe(kind)}")
+    raise UserError(f"{where}: no value given, expected {_describe(kind)}")
   if kind is str:
     return text
   if kind is bool:
     lowered = text.lower()
     if lowered not in ("true", "false", "1", "0", "yes", "no"):
-      raise UserError(f"{shown}: got {text!r}, expected true or false")
+      raise UserError(f"{where}: got {shown(text)}, expected true or false")
     return lowered in ("true", "1", "yes")
   if kind == tuple[str, ...] and not text.lstrip().startswith(("(", "[", "'", '"')):
     return tuple(part.strip() for part in text.split(",") if part.strip())
   try:
     value = ast.literal_eval(text)
-  except (ValueError, SyntaxError):
-    raise UserError(f"{shown}: got {text!r}, expected {_describe(kind)}") from None
-  return _coerce(value, kind, shown)
+  except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+    raise UserError(f"{where}: got {shown(text)}, expected {_describe(kind)}") from None
+  return _coerce(value, kind, where)
 
 
-def _coerce(value: Any, kind: Any, shown: str) -> Any:
+def _coerce(value: Any, kind: Any, where: str) -> Any:
   """The value in the schema's type: 1 is a fine float, 1e6 a fine int, a list a fine tuple."""
-  wrong = UserError(f"{shown}: got {value!r}, expected {_describe(kind)}")
+  wrong = UserError(f"{where}: got {shown(value)}, expected {_describe(kind)}")
   if kind is bool or kind is str:
     if not isinstance(value, kind):
       raise wrong
@@ -207,6 +268,8 @@ def _coerce(value: Any, kind: Any, shown: str) -> Any:
       raise wrong
     if abs(value) == float("inf") or (kind is int and value != int(value)):
       raise wrong
+    if kind is float and abs(value) > _LARGEST_FLOAT:
+      raise UserError(f"{where}: got {shown(value)}, allowed is at most {_LARGEST_FLOAT}")
     return kind(value)
   item = typing.get_args(kind)[0]
   if isinstance(value, str) or not isinstance(value, Sequence):
@@ -221,37 +284,43 @@ def _coerce(value: Any, kind: Any, shown: str) -> Any:
       raise wrong
     if not isinstance(pair[0], str):
       raise wrong
-  return tuple((first, _coerce(second, second_kind, shown)) for first, second in value)
+  return tuple((first, _coerce(second, second_kind, where)) for first, second in value)
 
 
 def _check(experiment: schema.Experiment) -> None:
   """Limits of single fields, then those between fields."""
   values = flat(experiment)
+  _check_name(experiment.name)
   for name, field in schema.fields():
     value, meta = values[name], field.metadata
     if meta["choices"] and value not in meta["choices"]:
       near = difflib.get_close_matches(str(value), meta["choices"], 1)
       hint = f"; did you mean {near[0]}?" if near else ""
-      raise UserError(f"config.{name}: got {value!r}, allowed are "
+      raise UserError(f"config.{name}: got {shown(value)}, allowed are "
                       f"{', '.join(meta['choices'])}{hint}")
     for bound, bad, words in (("at_least", lambda v, b: v < b, "at least"),
                               ("above", lambda v, b: v <= b, "above"),
                               ("at_most", lambda v, b: v > b, "at most")):
       if meta[bound] is not None and bad(value, meta[bound]):
-        raise UserError(f"config.{name}: got {value!r}, allowed is {words} {meta[bound]:,}")
+        raise UserError(f"config.{name}: got {shown(value)}, allowed is {words} {meta[bound]:,}")
+    largest = _LARGER.get(name, _LARGEST)
+    if field.type is int and abs(value) > largest:
+      raise UserError(f"config.{name}: got {shown(value)}, allowed is at most {largest:,}")
     if meta["duration"]:
       durations.parse(value, f"config.{name}")
   model, batch = experiment.model, experiment.batch
   if model.position == "rotary" and model.kv_size % 2:
-    raise UserError(f"config.model.kv_size: got {model.kv_size}, rotary needs an even size")
+    raise UserError(f"config.model.kv_size: got {model.kv_size}, but rotary positions turn pairs "
+                    "of numbers; set an even size, or config.model.position=relative")
   if experiment.precision.rounding == "stochastic" and (
       experiment.precision.parameters != "bfloat16"):
     raise UserError("config.precision.rounding: stochastic rounding is for bfloat16 parameters; "
                     "set config.precision.parameters=bfloat16 or rounding=master")
   for at, count in batch.ramp:
     durations.parse(at, "config.batch.ramp")
-    if count < 1:
-      raise UserError(f"config.batch.ramp: got {count} sequences, allowed is at least 1")
+    if not 1 <= count <= _LARGEST:
+      raise UserError(f"config.batch.ramp: got {shown(count)} sequences, allowed is at least 1 and "
+                      f"at most {_LARGEST:,}")
   for count in (batch.sequences, *(count for _, count in batch.ramp)):
     parts = durations.microbatches(batch, count)
     if count % parts:
@@ -264,10 +333,23 @@ def _check(experiment: schema.Experiment) -> None:
         re.compile(pattern)
       except re.error as error:
         raise UserError(f"config.{name}: {pattern!r} is not a regular expression "
-                        f"({error})") from None
-  if durations.parse(experiment.run_length).unit == "%":
+                        f"({error}); mend it, or write \\ before what stands for itself") from None
+  length = durations.parse(experiment.run_length)
+  if length.unit == "%":
     raise UserError("config.run_length: a percentage of itself means nothing; give steps, "
                     "tokens, epochs, flops or tokens/param")
+  if not length.value:
+    raise UserError(f"config.run_length: got {experiment.run_length!r}; give a positive length, "
+                    "such as '20 tokens/param'")
+
+
+def _check_name(name: str) -> None:
+  """The default folder of a run is runs/NAME: it must lie in runs."""
+  if (not name.strip() or name.startswith(".") or any(mark in name for mark in "/\\:")
+      or not name.isprintable() or len(name.encode(errors="replace")) > _NAME_BYTES):
+    raise UserError(f"config.name: got {shown(name)}, which does not name a folder in runs; give a "
+                    f"plain name of up to {_NAME_BYTES} bytes such as 'smoke' (no /, \\ or :, no "
+                    "dot in front), and choose the place with --workdir")
 
 
 def of_kinds(experiment: schema.Experiment, *kinds: str) -> dict[str, Any]:

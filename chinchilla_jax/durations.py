@@ -20,8 +20,12 @@ UNITS = {
 }
 _ALIASES = {"step": "steps", "token": "tokens", "epoch": "epochs", "flop": "flops",
             "tokens/parameter": "tokens/param", "percent": "%"}
-_NUMBER = r"[0-9][0-9_,]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?|\.[0-9]+"
+# A comma stands before groups of three digits only: "1,5" may mean one and a half to its writer.
+_WHOLE = r"[0-9]{1,3}(?:,[0-9]{3})+|[0-9][0-9_]*"
+_NUMBER = rf"(?:{_WHOLE})(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?|\.[0-9]+"
 _PATTERN = re.compile(rf"\s*({_NUMBER})\s*([a-zA-Z/%]+)\s*")
+_LARGEST = 1e30  # in any unit; far beyond what anybody can compute, far below what overflows
+_MAX_STEPS = 2**31 - 1  # steps are counted in int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +45,12 @@ def parse(text: str, field: str = "duration") -> Duration:
   unit = match and _ALIASES.get(match[2].lower(), match[2].lower())
   if unit not in UNITS:
     raise UserError(
-        f"{field}: got {text!r}; a duration is a number and a unit, one of "
+        f"{field}: got {text[:60]!r}; a duration is a number and a unit, one of "
         f"{', '.join(UNITS)}, such as '20 tokens/param' or '1%'")
-  return Duration(float(match[1].replace("_", "").replace(",", "")), unit)
+  value = float(match[1].replace("_", "").replace(",", ""))
+  if value > _LARGEST:
+    raise UserError(f"{field}: got {text[:60]!r}; allowed is at most {_LARGEST:g}")
+  return Duration(value, unit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +187,9 @@ def clock(run_length: str, sequences: int, ramp: tuple[tuple[str, int], ...], *,
     total_steps = max(1, round(total.value))
   else:
     total_steps = max(1, _steps_for_tokens(batches.stages, total_sequences))
+  if total_steps > _MAX_STEPS:
+    raise UserError(f"run_length: {run_length!r} is {total_steps:,} steps, and at most "
+                    f"{_MAX_STEPS:,} can be counted; give a shorter one, or larger batches")
   return Clock(total_steps, batches, seq_len, n_params, epoch_tokens)
 
 

@@ -1,4 +1,6 @@
-"""The one exception that means: the user can mend this."""
+"""The one exception that means: the user can mend this. And the status that means: run me again."""
+
+AGAIN = 75  # EX_TEMPFAIL of sysexits.h: preempted or hung; the same command goes on.
 
 
 class UserError(Exception):

@@ -1,6 +1,7 @@
 """A tiny experiment, and how to change one."""
 
 import pathlib
+import signal
 
 from chinchilla_jax import config as schema
 from chinchilla_jax import config_io
@@ -37,3 +38,21 @@ def tiny_experiment(store: str = "") -> schema.Experiment:
       "checkpoint": {"every": "4 steps"},
       "logging": {"tensorboard": False},
   })
+
+
+class StopAfter:
+  """Stands in for Ctrl-C; the loop hears of it with the values of the step before."""
+
+  def __init__(self, steps):
+    self.left = steps
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *unused):
+    pass
+
+  @property
+  def signal(self):
+    self.left -= 1
+    return signal.SIGINT if self.left < 0 else None

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 from typing import Any
 
 from chinchilla_jax import config_io
@@ -30,6 +31,11 @@ def run(args: argparse.Namespace) -> int:
     raise UserError("--slices: give a positive number, with --topology")
   if args.sequences is not None and args.sequences < 1:
     raise UserError(f"--sequences: got {args.sequences}, allowed is at least 1")
+  if args.hlo is not None:  # Known now, not after minutes of compiling.
+    folder = os.path.dirname(args.hlo) or os.curdir
+    if os.path.isdir(args.hlo) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+      raise UserError(f"--hlo: {args.hlo!r} cannot be written; choose a file in a folder that is "
+                      "there")
   where = topology.parse(args.topology, args.slices) if args.topology else None
 
   import jax

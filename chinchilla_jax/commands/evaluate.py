@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import logging
 import os
 import statistics
 import sys
@@ -26,13 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
   from chinchilla_jax.data import tokens
   from chinchilla_jax.evaluation import held_out
-  from chinchilla_jax.training import trained
+  from chinchilla_jax.training import quiet, trained
   from chinchilla_jax.training.run_folder import RunFolder
 
-  logging.getLogger("absl").setLevel(logging.ERROR)
+  quiet.libraries()
+  # Looked at before a model is loaded, which may take minutes.
+  other = None if args.store is None else tokens.open_store(args.store)
   model = trained.load(args.workdir, args.step)
-  experiment = model.experiment
-  store = model.store if args.store is None else tokens.open_store(args.store)
+  experiment, store = model.experiment, other or model.store
   if store.tokenizer.fingerprint != model.store.tokenizer.fingerprint:
     raise UserError(f"--store: {args.store} was made with another tokenizer than the run's store; "
                     f"prepare it with --config.tokenizer.path={experiment.data.store}")

@@ -2,7 +2,6 @@
 
 import argparse
 import codecs
-import logging
 import sys
 
 TAKES_CONFIG = False
@@ -21,13 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-  from chinchilla_jax.inference.generate import generate
-  from chinchilla_jax.training import trained
+  from chinchilla_jax.inference.generate import check, generate
+  from chinchilla_jax.training import quiet, trained
 
-  logging.getLogger("absl").setLevel(logging.ERROR)
+  settings = dict(max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k,
+                  top_p=args.top_p, seed=args.seed)
+  check(args.prompt, **settings)  # Before a model is loaded, which may take minutes.
+  quiet.libraries()
   model = trained.load(args.workdir, args.step)
-  ids = generate(model, args.prompt, max_tokens=args.max_tokens, temperature=args.temperature,
-                 top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+  ids = generate(model, args.prompt, **settings)
   # A character may be spread over several byte pieces: it is printed when it is complete.
   decoder = codecs.getincrementaldecoder("utf-8")("replace")
   sys.stdout.write(args.prompt)

@@ -1,7 +1,7 @@
 """chinchilla inspect: what is in a config, a run or a token store; trains nothing."""
 
 import argparse
-import contextlib
+import dataclasses
 import json
 import logging
 import pathlib
@@ -19,6 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--workdir", metavar="RUN", help="a run's folder: its config and checkpoints")
   parser.add_argument("--store", metavar="PATH",
                       help="a token store; with a config, also its sequences of data.seq_len")
+  parser.add_argument("--quick", action="store_true",
+                      help="of checkpoints, compare the sizes of files and not their checksums")
   devices = parser.add_argument_group(
       "devices", "that the config is laid out on; they need not be here. By default those of "
       "this machine")
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     config = str(folder.config)
   experiment = config_io.load(config, args.overrides)
   if args.workdir:
-    found["run"] = {"path": str(folder.path), "checkpoints": _checkpoints(folder.checkpoints)}
+    found["run"] = _run(folder, experiment, "sizes" if args.quick else "full")
   try:
     mesh, kind, memory = _mesh(experiment, args)
     found |= report.facts(experiment, mesh, _state(experiment), devices=kind, memory=memory)
@@ -63,8 +65,11 @@ def run(args: argparse.Namespace) -> int:
   else:
     parts = [_run_text(found["run"])] if "run" in found else []
     parts += [report.text(found)] if "arrays" in found else []
+    if "arrays" not in found:
+      parts.append(f"its arrays, laid out on this machine: {problem}")
     print("\n\n".join(parts), flush=True)
-  if problem:
+  asked = args.topology is not None or args.devices is not None
+  if problem and ("run" not in found or asked):
     raise UserError(f"does not train: {problem}")
   return 0
 
@@ -79,6 +84,8 @@ def _check(args: argparse.Namespace) -> None:
     raise UserError("nothing to inspect; give --config=FILE, --workdir=RUN or --store=PATH")
   given = [flag for flag, value in (("--topology", args.topology), ("--slices", args.slices),
                                     ("--devices", args.devices)) if value is not None]
+  if args.quick and not args.workdir:
+    raise UserError("--quick: only checkpoints have checksums to leave out; give --workdir too")
   if args.store and given:
     raise UserError(f"{given[0]}: a token store lies on no devices; leave it out")
   if args.devices is not None and args.topology is not None:
@@ -123,14 +130,48 @@ def _state(experiment: schema.Experiment) -> Any:
 # -------------------------------------------------------------------- Run
 
 
-def _checkpoints(path: pathlib.Path) -> list[Facts]:
-  """Step, tokens seen and bytes on disk of every committed checkpoint."""
-  from chinchilla_jax.training import checkpoint
-  if not path.is_dir():
-    return []
-  with contextlib.closing(checkpoint.Checkpoints(path)) as checkpoints:
-    return [{"step": step, "tokens": checkpoints.progress(step)["tokens"],
-             "bytes": _size(path / str(step))} for step in checkpoints.steps()]
+def _run(folder: Any, experiment: schema.Experiment, how: str) -> Facts:
+  """The checkpoints of a run, newest last, and what `train` would do now."""
+  from chinchilla_jax.training import checkpoint, start
+  path, rows = folder.checkpoints, []
+  for step in checkpoint.steps(path):
+    row: Facts = {"step": step, "bytes": _size(path / str(step)),
+                  "problem": checkpoint.problem(path, step, how)}
+    if not row["problem"]:
+      try:
+        progress = checkpoint.progress(path, step)
+        done = start.done(folder, step)
+        row |= {"tokens": progress["tokens"],
+                "owed": [duty for duty in progress["owed"] if duty not in done],
+                "dtypes": checkpoint.dtypes(path, step), "surroundings": progress["surroundings"]}
+      except UserError as error:  # It is whole, but not of this version.
+        row["refused"] = str(error)
+    rows.append(row)
+  aside = sorted(entry.name for entry in (path / checkpoint.ASIDE).glob("*"))
+  partial = sorted(entry.name for entry in path.glob(f"*{checkpoint.PARTIAL}"))
+  try:
+    rollbacks = folder.read_rollbacks()
+  except UserError:  # `resume` says so.
+    rollbacks = []
+  return {"path": str(folder.path), "checked": how, "checkpoints": rows, "aside": aside,
+          "partial": partial, "rollbacks": rollbacks, "resume": _resume(folder, experiment, how)}
+
+
+def _resume(folder: Any, experiment: schema.Experiment, how: str) -> Facts:
+  """What `train` with this config would start from; `refuses` says why it would not."""
+  from chinchilla_jax.training import checkpoint, loop, start
+  checks = dataclasses.replace(experiment.checkpoint, verify=how)
+  try:
+    made = loop.plan(dataclasses.replace(experiment, checkpoint=checks))
+    where = checkpoint.surroundings("", experiment.mesh.strategy)
+    begin = start.choose(made, folder, where)
+  except UserError as error:
+    return {"refuses": str(error)}
+  return {"step": begin.step, "total_steps": made.clock.total_steps,
+          "from_checkpoint": begin.resumed, "owed": list(begin.owed),
+          "skipped": [list(one) for one in begin.skipped],
+          "set_aside": [{"step": step, "kind": kind, "why": why}
+                        for step, kind, why in begin.aside]}
 
 
 def _size(folder: pathlib.Path) -> int:
@@ -139,10 +180,55 @@ def _size(folder: pathlib.Path) -> int:
 
 def _run_text(run: Facts) -> str:
   from chinchilla_jax.parallel.report import bytes_text
-  lines = [f"run {run['path']}: {_count(len(run['checkpoints']), 'checkpoint')}"]
-  lines += [f"  step {row['step']:>9,}  {row['tokens']:>17,} tokens  "
-            f"{bytes_text(row['bytes']):>12} on disk" for row in run["checkpoints"]]
-  return "\n".join(lines)
+  words = {"full": "checksums compared", "sizes": "sizes compared, checksums not"}
+  lines = [f"run {run['path']}: {_count(len(run['checkpoints']), 'checkpoint')} "
+           f"({words[run['checked']]})"]
+  for row in run["checkpoints"]:
+    text = f"  step {row['step']:>9,}  {bytes_text(row['bytes']):>10} on disk"
+    if row["problem"]:
+      lines.append(f"{text}  DAMAGED: {row['problem']}")
+      continue
+    if "refused" in row:
+      lines.append(f"{text}  NOT OF USE: {row['refused']}")
+      continue
+    where = row["surroundings"]
+    owed = f", owes {' and '.join(row['owed'])}" if row["owed"] else ""
+    lines += [f"{text}  {row['tokens']:>15,} tokens  whole{owed}",
+              f"      {_dtypes_text(row['dtypes'])}; written on {where['mesh']} "
+              f"({where['devices']}, {_count(where['processes'], 'process')}, "
+              f"{where['strategy']}, jax {where['versions'].get('jax')})"]
+  for name in run["aside"]:
+    lines.append(f"  set aside: {name}")
+  for name in run["partial"]:
+    lines.append(f"  unfinished: {name} (the next start clears it away)")
+  for one in run["rollbacks"]:
+    lines.append(f"  rolled back at step {one['step']:,}: sequences {one['skipped'][0]:,} to "
+                 f"{sum(one['skipped']) - 1:,} are left out")
+  return "\n".join([*lines, _resume_text(run["resume"])])
+
+
+def _resume_text(resume: Facts) -> str:
+  if "refuses" in resume:
+    return f"  train would refuse: {resume['refuses']}"
+  step, total = resume["step"], resume["total_steps"]
+  asides = "".join(f", setting checkpoint {one['step']:,} aside ({one['kind']})"
+                   for one in resume["set_aside"])
+  owed = f", doing the {' and '.join(resume['owed'])} of that step first" if resume["owed"] else ""
+  if step >= total and not resume["owed"]:
+    return f"  train would do nothing: complete at step {step:,} of {total:,}{asides}"
+  if not resume["from_checkpoint"]:
+    return f"  train would start from nothing, {total:,} steps{asides}"
+  return f"  train would go on from step {step:,} of {total:,}{asides}{owed}"
+
+
+def _dtypes_text(dtypes: Facts) -> str:
+  """"bfloat16 params; float32 master, mu, nu": scalars are left out."""
+  by_dtype: dict[str, list[str]] = {}
+  for name, kinds in dtypes.items():
+    part = name.split("/")[-1]
+    if part not in ("step", "guard", "count"):
+      by_dtype.setdefault(" and ".join(kinds), []).append(part)
+  return "; ".join(f"{kind} {', '.join(parts)}" for kind, parts in by_dtype.items())
 
 
 # -------------------------------------------------------------------- Store
@@ -188,4 +274,5 @@ def _store_text(store: Facts) -> str:
 
 
 def _count(number: int, noun: str) -> str:
-  return f"{number:,} {noun}{'' if number == 1 else 's'}"
+  plural = "es" if noun.endswith("s") else "s"
+  return f"{number:,} {noun}{'' if number == 1 else plural}"

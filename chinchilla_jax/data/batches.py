@@ -2,11 +2,13 @@
 
 There is no iterator state. Resuming, another number of processes, a batch-size ramp, or reading
 the batch that caused a spike on a laptop are all the same call with the same numbers: a
-process's share of a batch is a shorter batch that begins later.
+process's share of a batch is a shorter batch that begins later. After a rollback, ranges of
+sequences are left out for good: then the sequences that are kept are counted.
 
 Letters: b sequences in a batch, t positions in a sequence.
 """
 
+import copy
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +21,7 @@ from chinchilla_jax.data.tokens import TokenSplit
 from chinchilla_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
+Ranges = Iterable[tuple[int, int]]  # (first, count)
 Request, Made = TypeVar("Request"), TypeVar("Made")
 
 
@@ -31,42 +34,83 @@ class Batches:
   i % n_windows, permuted anew in each epoch i // n_windows.
 
   Attributes:
+    split: whose stream it is.
+    seq_len: T, tokens.
+    seed: of the shuffle.
     n_windows: sequences in an epoch.
+    skipped: the sequences that are left out, as (first, count), in order and apart.
   """
 
   def __init__(self, split: TokenSplit, *, seq_len: int, seed: int, shuffle: bool = True,
-               document_mask: bool = True):
+               document_mask: bool = True, skipped: Ranges = ()):
     self.n_windows = (split.n_tokens - 1) // seq_len
     if self.n_windows < 1:
       raise UserError(
           f"{split.path}: the {split.name} split has {split.n_tokens:,} tokens, one sequence takes "
           f"{seq_len + 1:,}: lower config.data.seq_len or prepare more text")
-    self._split = split
-    self._seq_len = seq_len
-    self._seed = seed
+    self.split = split
+    self.seq_len = seq_len
+    self.seed = seed
     self._shuffle = shuffle
     self._document_mask = document_mask
+    self._leave_out(skipped)
+
+  def skipping(self, skipped: Ranges) -> "Batches":
+    """The same batches, but with these (first, count) left out, and no others.
+
+    Args:
+      skipped: of sequences of the run, in any order; they may overlap.
+
+    Raises:
+      ValueError: a range that begins before 0 or has a negative length.
+    """
+    other = copy.copy(self)
+    other._leave_out(skipped)
+    return other
+
+  def _leave_out(self, skipped: Ranges):
+    merged: list[list[int]] = []  # [first, end], apart: so every gap holds a kept sequence
+    for first, count in sorted((int(first), int(count)) for first, count in skipped):
+      if first < 0 or count < 0:
+        raise ValueError(f"cannot leave out {count} sequences from {first} on")
+      if merged and first <= merged[-1][1]:
+        merged[-1][1] = max(merged[-1][1], first + count)
+      elif count:
+        merged.append([first, first + count])
+    self.skipped = tuple((first, end - first) for first, end in merged)
+    first_r, count_r = np.array(self.skipped, np.int64).reshape(-1, 2).T
+    self._shift_r = np.concatenate([[0], np.cumsum(count_r)])  # before the first range, after each
+    self._kept_r = first_r - self._shift_r[:-1]  # number of the first kept sequence after a range
+
+  def actual(self, kept_n: np.ndarray) -> np.ndarray:
+    """Index among all sequences of the run of each kept one's number: int64 [n]."""
+    kept_n = np.asarray(kept_n, np.int64)
+    return kept_n + self._shift_r[np.searchsorted(self._kept_r, kept_n, side="right")]
 
   def epoch(self, index):
-    """The epoch, from 0, that sequence `index` (an int or an array) belongs to."""
+    """The epoch, from 0, that a sequence (an int or an array; among all) belongs to."""
     return index // self.n_windows
 
   def windows(self, index_n: np.ndarray) -> np.ndarray:
-    """The window of each sequence index: int64 [n]."""
+    """The window of each sequence index (among all): int64 [n]."""
     index_n = np.asarray(index_n, np.int64)
     epoch_n, window_n = np.divmod(index_n, self.n_windows)
     if self._shuffle:
       for epoch in np.unique(epoch_n):
         here = epoch_n == epoch
         window_n[here] = shuffles.permute(
-            window_n[here], self.n_windows, self._seed, int(epoch))
+            window_n[here], self.n_windows, self.seed, int(epoch))
     return window_n
 
+  def starts(self, index_n: np.ndarray) -> np.ndarray:
+    """Where each sequence (among all) begins in the stream, in tokens: int64 [n]."""
+    return self.windows(index_n) * self.seq_len
+
   def batch(self, first: int, count: int) -> Batch:
-    """Sequences first ... first + count - 1 of the run.
+    """Sequences first ... first + count - 1 of those of the run that are kept.
 
     Args:
-      first: index of the first sequence since the start of training.
+      first: number of the first sequence, counting kept ones from the start of training.
       count: sequences.
 
     Returns:
@@ -75,9 +119,9 @@ class Batches:
         document_mask. A document that began before the window is segment 0.
       weights_bt: float32, all 1.
     """
-    window_b = self.windows(np.arange(first, first + count, dtype=np.int64))
-    ids = self._split.windows(window_b * self._seq_len, self._seq_len + 1)
-    return _batch(ids, self._split.bos_id, self._document_mask)
+    index_b = self.actual(np.arange(first, first + count))
+    ids = self.split.windows(self.starts(index_b), self.seq_len + 1)
+    return _batch(ids, self.split.bos_id, self._document_mask)
 
 
 class ValidationBatches:

@@ -199,6 +199,9 @@ def _local_files(spec: str) -> list[File]:
     files = sorted((File(_id(match, root), match)
                     for match in glob.iglob(path, recursive=True) if os.path.isfile(match)),
                    key=lambda file: file.id)
+  elif os.path.exists(path):
+    raise UserError(f"source {spec!r} is neither a file nor a folder, and text is read twice: copy "
+                    f"it into a file")
   else:
     raise UserError(f"source {spec!r} does not exist: name a file, a folder, a glob, tfds:NAME "
                     f"or stdlib in config.corpus.sources")

@@ -10,6 +10,7 @@ import dataclasses
 import gzip
 import io
 import json
+import os
 import zlib
 from collections.abc import Iterator
 
@@ -71,6 +72,9 @@ def read(id: str, path: str, fields: FieldCheck) -> Iterator[Item]:
   Raises:
     UserError: a compressed or Parquet file is damaged, or a Parquet file lacks the field.
   """
+  if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited on for ever
+    yield id, Skip("unreadable"), True
+    return
   base = path.removesuffix(".gz").removesuffix(".zst")
   if path.endswith(".parquet"):
     reader = _parquet(id, path, fields)
@@ -202,7 +206,15 @@ def _parquet(id: str, path: str, fields: FieldCheck) -> Iterator[Item]:
                       f"{', '.join(file.schema_arrow.names[:20])}): set config.corpus.text_field")
     fields.found = True
     number = 0
-    for batch in file.iter_batches(batch_size=_ROWS, columns=[fields.name]):
+    batches = file.iter_batches(batch_size=_ROWS, columns=[fields.name])
+    while True:
+      try:
+        batch = next(batches, None)
+      except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}): fetch it again or leave it out"
+                        ) from error
+      if batch is None:
+        break
       column = batch.column(0)
       if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()

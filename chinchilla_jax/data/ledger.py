@@ -34,8 +34,15 @@ def fingerprint(ledger: dict) -> str:
   return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def refuse_remote(folder: str):
-  """ArrayRecord reads local files only, and would wait for ever on some remote ones."""
+def refuse_impossible(folder: str):
+  """Refuses a place that no store can be at.
+
+  An empty path would mean the current directory, which preparing would replace. ArrayRecord reads
+  local files only, and would wait for ever on some remote ones.
+  """
+  if not folder:
+    raise UserError("config.data.store is empty: name the folder of a token store, such as "
+                    "--config.data.store=stores/books")
   if "://" in folder:
     raise UserError(f"{folder} is remote: keep the token store on a local disk (copy it, and point "
                     f"--config.data.store there)")
@@ -51,25 +58,101 @@ def read(folder: str) -> dict:
   """The ledger of a store.
 
   Raises:
-    UserError: no store there, or its ledger is damaged or of a newer version.
+    UserError: no store there, or its ledger is damaged or of a newer version, contradicts itself,
+      or names files outside the store.
   """
-  refuse_remote(folder)
+  refuse_impossible(folder)
   path = os.path.join(folder, FILE)
   try:
     with open(path, "rb") as file:
       ledger = json.load(file)
+    if type(ledger["version"]) is not int:
+      raise ValueError("its version is no number")
     if ledger["version"] > VERSION:
       raise UserError(f"{folder} has ledger version {ledger['version']}, this program knows "
                       f"{VERSION}: update chinchilla_jax")
     if ledger["fingerprint"] != fingerprint(ledger):
       raise UserError(f"{path} does not match its own fingerprint: it was edited; {_AGAIN}")
+    _check(ledger)
   except FileNotFoundError as error:
     raise UserError(f"no token store at {folder}: {_hint(folder)}") from error
   except NotADirectoryError as error:
     raise UserError(f"{folder} is a file, not a token store: {_hint(folder)}") from error
-  except (ValueError, KeyError, TypeError) as error:
-    raise UserError(f"{path} is damaged: {_AGAIN}") from error
+  except OSError as error:
+    raise UserError(f"{path} cannot be read ({error.strerror}): {_AGAIN}") from error
+  except json.JSONDecodeError as error:
+    raise UserError(f"{path} is damaged (no JSON at line {error.lineno}): {_AGAIN}") from error
+  except (KeyError, TypeError, AttributeError, RecursionError, UnicodeDecodeError) as error:
+    raise UserError(f"{path} is damaged (it lacks {error} or holds another type): {_AGAIN}"
+                    if isinstance(error, KeyError) else
+                    f"{path} is damaged (no ledger): {_AGAIN}") from error
+  except ValueError as error:
+    raise UserError(f"{path} is damaged ({error}): {_AGAIN}") from error
   return ledger
+
+
+def _check(ledger: dict):
+  """Types, and what must agree. A fingerprint proves only that a ledger is as it was written."""
+  # Imported here: `tokens` needs this module.
+  from chinchilla_jax.data import tokens
+  for name in ("vocab_size", "bos_id", "pad_id", "chunk"):
+    _whole(ledger, name, "it")
+  if ledger["chunk"] != tokens.CHUNK:
+    raise ValueError(f"its chunks hold {ledger['chunk']} ids, this program reads {tokens.CHUNK}")
+  if ledger["dtype"] != tokens.dtype_for(ledger["vocab_size"]).name:
+    raise ValueError(f"its dtype is {ledger['dtype']!r:.40} with {ledger['vocab_size']} pieces")
+  if not max(ledger["bos_id"], ledger["pad_id"]) < ledger["vocab_size"] < 2**31:
+    raise ValueError("its control pieces are no pieces")
+  if not ledger["splits"]:
+    raise ValueError("it has no split")
+  for name, split in ledger["splits"].items():
+    for count in ("documents", "tokens", "bytes"):
+      _whole(split, count, f"split {name}")
+    for file in split["files"]:
+      _whole(file, "chunks", f"a file of split {name}")
+    chunks = sum(file["chunks"] for file in split["files"])
+    if chunks != -(-split["tokens"] // tokens.CHUNK):
+      raise ValueError(f"split {name} has {split['tokens']:,} tokens in {chunks:,} chunks of "
+                       f"{tokens.CHUNK:,}")
+    if split["documents"] > split["tokens"]:
+      raise ValueError(f"split {name} has more documents than tokens")
+  for file in files(ledger):
+    _whole(file, "bytes", "a file")
+    if not _is_plain(file["name"]):
+      raise ValueError(f"it names the file {file['name']!r:.80}, which is not in the store's "
+                       "folder")
+  names = [file["name"] for file in files(ledger)]
+  if len(set(names)) < len(names):
+    raise ValueError("it names a file twice")
+
+
+def _whole(section: dict, key: str, where: str):
+  value = section[key]
+  if type(value) is not int or not 0 <= value < 2**62:
+    raise ValueError(f"{where} has {key} {value!r:.40}")
+
+
+def _is_plain(name) -> bool:
+  """Whether a name leads to a file right inside a folder, on any system."""
+  return (isinstance(name, str) and name not in ("", ".", "..")
+          and not any(mark in name for mark in "/\\:\0"))
+
+
+def check_notes(folder: str, ledger: dict):
+  """Checks the entries that only `prepare` reads.
+
+  Raises:
+    UserError: one is missing or of another type.
+  """
+  settings, corpus = ledger.get("settings"), ledger.get("corpus")
+  kinds = {"documents": int, "bytes": int, "sha256": str, "inventory": str, "skipped": dict,
+           "skipped_examples": dict}
+  if (not isinstance(settings, dict) or not isinstance(corpus, dict)
+      or not all(isinstance(settings.get(name), dict) for name in ("corpus", "tokenizer"))
+      or not all(isinstance(corpus.get(name), kind) for name, kind in kinds.items())
+      or set(corpus["skipped"]) != set(corpus["skipped_examples"])):
+    raise UserError(f"{os.path.join(folder, FILE)} does not say what the store was made from: "
+                    f"{_AGAIN}")
 
 
 _AGAIN = "copy the store again, or run `chinchilla prepare` with --overwrite"
@@ -103,11 +186,14 @@ def files(ledger: dict) -> list[dict]:
   return [*ledger["files"], *(f for split in ledger["splits"].values() for f in split["files"])]
 
 
-def verify(folder: str, ledger: dict, how: str):
+def verify(folder: str, ledger: dict, how: str) -> str:
   """Checks a store's files against its ledger.
 
   Args:
     how: "full" (sizes and checksums), "sizes", or "auto": full up to `FULL_CHECK_BYTES`.
+
+  Returns:
+    What was done: "full" or "sizes".
 
   Raises:
     UserError: naming the first file that is missing, of another size, or changed.
@@ -131,3 +217,4 @@ def verify(folder: str, ledger: dict, how: str):
       for path, entry, digest in zip(paths, entries, pool.map(sha256, paths), strict=True):
         if digest != entry["sha256"]:
           raise UserError(f"{path} has changed (its checksum is not the ledger's): {_AGAIN}")
+  return how

@@ -86,7 +86,7 @@ def summary(store: str, ledger: dict, seconds: float | None = None) -> list[str]
 
 def _refuse_foreign(store: str):
   """Never replaces anything but a store."""
-  ledgers.refuse_remote(store)
+  ledgers.refuse_impossible(store)
   staging.recover(store)
   if os.path.isfile(store):
     raise UserError(f"{store} is a file: choose another --config.data.store")
@@ -111,6 +111,7 @@ def _existing(store: str, config, settings: dict, inventory: str, progress: Prog
   """The ledger of a store that is what would be made now; a UserError where it is not."""
   ledger = ledgers.read(store)
   cure = "choose another --config.data.store, or pass --overwrite"
+  ledgers.check_notes(store, ledger)
   for section, now in settings.items():
     was = ledger["settings"][section]
     for key in sorted({*now, *was}):

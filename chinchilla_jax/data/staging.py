@@ -23,13 +23,13 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def staging_path(path: str) -> str:
-  """Where the directory `path` is made before it gets its name."""
-  parent, name = os.path.split(os.path.abspath(path))
+  """Where the directory `path` is made before it gets its name; beside the target of a link."""
+  parent, name = os.path.split(os.path.realpath(path))
   return os.path.join(parent, f".{name}.preparing")
 
 
 def _old_path(path: str) -> str:
-  parent, name = os.path.split(os.path.abspath(path))
+  parent, name = os.path.split(os.path.realpath(path))
   return os.path.join(parent, f".{name}.old")
 
 
@@ -52,12 +52,14 @@ def staged(path: str) -> Iterator[str]:
   Raises:
     UserError: another process is making the same directory, or the place cannot be written.
   """
-  path = os.path.abspath(path)
+  path = os.path.realpath(path)
   tmp = staging_path(path)
+  missing = _missing(os.path.dirname(tmp))
   try:
     os.makedirs(tmp, exist_ok=True)
     lock = open(os.path.join(tmp, _LOCK), "w")
   except OSError as error:
+    _remove_empty(missing)
     raise UserError(f"cannot write {path} ({error.strerror}): choose another place with "
                     f"--config.data.store") from error
   with lock:
@@ -74,10 +76,27 @@ def staged(path: str) -> Iterator[str]:
     except BaseException as error:  # also KeyboardInterrupt: nothing may stay behind
       shutil.rmtree(tmp, ignore_errors=True)
       recover(path)
+      _remove_empty(missing)
       if isinstance(error, OSError) and error.errno in _FULL:
         raise UserError(f"no space left to write {path} ({error.strerror}): free some, or choose "
                         f"another place with --config.data.store") from error
       raise
+
+
+def _missing(folder: str) -> list[str]:
+  """The folders that would have to be made for this one, innermost first."""
+  missing = []
+  while not os.path.lexists(folder):
+    missing.append(folder)
+    folder = os.path.dirname(folder)
+  return missing
+
+
+def _remove_empty(folders: list[str]):
+  with contextlib.suppress(OSError):  # somebody else has put something there, or never made
+    for folder in folders:
+      if os.path.isdir(folder):
+        os.rmdir(folder)
 
 
 def _lock(file, path: str):

@@ -103,7 +103,8 @@ def survey(config, sample_bytes: int, advance: Callable[[int], None]) -> Survey:
     advance(len(document.utf8))
   if not n_documents:
     raise UserError(f"no documents in {', '.join(config.sources)}: "
-                    f"{'; '.join(skipped.lines()) or 'nothing was found'}")
+                    f"{'; '.join(skipped.lines()) or 'nothing was found'}; mend them, or name "
+                    f"other text in config.corpus.sources")
   if lowest == highest:
     raise UserError(
         f"{', '.join(config.sources)} holds one document, and one more is needed to hold out: "

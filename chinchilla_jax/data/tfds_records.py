@@ -22,9 +22,7 @@ def read(spec: str, text_field: str, data_dir: str) -> Iterator[formats.Item]:
     UserError: the dataset is unknown, cannot be prepared here, is stored in a format that needs
       TensorFlow, or has no such split or field.
   """
-  match = _SPEC.fullmatch(spec)
-  if not match:
-    raise UserError(f"source {spec!r} is not tfds:NAME[/CONFIG][:VERSION][@SPLIT]")
+  match = _match(spec)
   split = match["split"] or "train"
   builder = _prepared(spec, match["name"], data_dir)
   if text_field not in builder.info.features:
@@ -44,9 +42,17 @@ def read(spec: str, text_field: str, data_dir: str) -> Iterator[formats.Item]:
 
 def identity(spec: str, data_dir: str) -> str:
   """Name, version and record counts of the dataset: changes when its records may have."""
-  builder = _prepared(spec, _SPEC.fullmatch(spec)["name"], data_dir)
+  builder = _prepared(spec, _match(spec)["name"], data_dir)
   counts = {name: info.num_examples for name, info in sorted(builder.info.splits.items())}
   return f"{builder.info.full_name} {counts}"
+
+
+def _match(spec: str) -> re.Match:
+  match = _SPEC.fullmatch(spec)
+  if not match:
+    raise UserError(f"source {spec!r} is not tfds:NAME[/CONFIG][:VERSION][@SPLIT]: write it like "
+                    "tfds:lm1b or tfds:wikipedia/20230601.en@train")
+  return match
 
 
 def _prepared(spec: str, name: str, data_dir: str):
@@ -60,7 +66,7 @@ def _prepared(spec: str, name: str, data_dir: str):
   except tfds.core.DatasetNotFoundError as error:
     where = data_dir or "TFDS's default folder (config.corpus.tfds_data_dir)"
     raise UserError(f"source {spec!r}: no such dataset, neither in TFDS's list nor prepared in "
-                    f"{where}") from error
+                    f"{where}: mend its name, or name text of your own") from error
   except ValueError as error:
     if "file format" not in str(error).lower():
       raise UserError(f"source {spec!r}: {formats.first_line(error)}") from error

@@ -19,6 +19,9 @@ from chinchilla_jax.data.tokenizer import Tokenizer
 from chinchilla_jax.errors import UserError
 
 SHARD_BYTES = 1 << 30  # of one file
+# Chunks whose documents are counted together: 2 MiB of uint16 to read to find a document's number,
+# and 512 numbers in the ledger for a file of SHARD_BYTES.
+COUNTED_CHUNKS = 256
 _WRITER = "group_size:1,uncompressed"  # random access: no record waits for its neighbours
 _PACKAGES = ("numpy", "sentencepiece", "array_record", "tensorflow-datasets")
 
@@ -30,6 +33,7 @@ class SplitWriter:
     self.name = name
     self.documents = self.tokens = self.bytes = 0
     self._folder = folder
+    self._bos_id = tokenizer.bos_id
     self._bos = np.array([tokenizer.bos_id], np.int32)
     self._pad_id = tokenizer.pad_id
     self._dtype = tokens.dtype_for(tokenizer.vocab_size)
@@ -39,6 +43,7 @@ class SplitWriter:
     self._rest = np.empty(0, self._dtype)
     self._sha256 = hashlib.sha256()
     self._chunks: list[int] = []  # in each shard
+    self._begun: list[list[int]] = []  # documents in every COUNTED_CHUNKS of each shard
     self._writer = None
 
   def add(self, ids_n: np.ndarray, n_bytes: int, first: bool):
@@ -68,7 +73,8 @@ class SplitWriter:
     for shard, chunks in enumerate(self._chunks):
       path = os.path.join(self._folder, _file_name(self.name, shard, len(self._chunks)))
       os.rename(self._path(shard), path)
-      files.append({**ledgers.describe_file(path), "chunks": chunks})
+      begun = {"per_chunks": COUNTED_CHUNKS, "begun": self._begun[shard]}
+      files.append({**ledgers.describe_file(path), "chunks": chunks, "documents": begun})
     return {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes,
             "sha256": self._sha256.hexdigest(), "files": files}
 
@@ -98,6 +104,10 @@ class SplitWriter:
       self._writer = array_record_module.ArrayRecordWriter(
           self._path(len(self._chunks)), _WRITER)
       self._chunks.append(0)
+      self._begun.append([])
+    if self._chunks[-1] % COUNTED_CHUNKS == 0:
+      self._begun[-1].append(0)
+    self._begun[-1][-1] += int(np.count_nonzero(chunk == self._bos_id))
     with self._telling_what_failed():
       self._writer.write(self._frame + chunk.tobytes())
     self._sha256.update(chunk[:n_ids].tobytes())

@@ -13,6 +13,7 @@ import collections
 import hashlib
 import io
 import os
+import re
 from collections.abc import Iterable
 
 import numpy as np
@@ -21,6 +22,7 @@ from chinchilla_jax.errors import UserError
 
 PAD, UNK, BOS = 0, 1, 2  # control pieces; UNK never occurs, since every byte has a piece
 _N_RESERVED = 3 + 256
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
 _SPACE = "\u2581"  # how SentencePiece spells a space
 # Kept out of training: SentencePiece would drop the sentence (U+2047), or spells spaces and
 # boundaries with them. They are encoded as bytes.
@@ -46,10 +48,12 @@ class Tokenizer:
   def __init__(self, model: bytes, where: str = "tokenizer"):
     import sentencepiece
     try:
+      if not model:  # SentencePiece would take it for "load none".
+        raise RuntimeError
       self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:
-      raise UserError(f"{where} is no SentencePiece model: name a .model file or a token store"
-                      ) from error
+      raise UserError(f"{where} is no SentencePiece model, or a damaged one: name a whole .model "
+                      "file or a token store") from error
     self.model = model
     self.fingerprint = hashlib.sha256(model).hexdigest()
     self.vocab_size = self._pieces.vocab_size()
@@ -58,7 +62,7 @@ class Tokenizer:
     self._bytes = [self._piece_bytes(id) for id in range(self.vocab_size)]
     self.piece_bytes_v = np.array([len(piece) for piece in self._bytes], np.int32)
     self._byte_ids = {piece[0]: id for id, piece in enumerate(self._bytes)
-                      if self._pieces.is_byte(id)}
+                      if piece and self._pieces.is_byte(id)}
     self._check(where)
 
   def _piece_bytes(self, id: int) -> bytes:
@@ -66,7 +70,8 @@ class Tokenizer:
       return b""
     piece = self._pieces.id_to_piece(id)
     if self._pieces.is_byte(id):
-      return bytes((int(piece[3:-1], 16),))  # "<0x0A>"
+      byte = _BYTE.fullmatch(piece)
+      return bytes((int(byte[1], 16),)) if byte else b""  # `_check` finds the one that lacks
     return piece.replace(_SPACE, " ").encode("utf-8")
 
   def _check(self, where: str):
@@ -78,6 +83,8 @@ class Tokenizer:
     probe = "  Ａ\ufb01 \n\t x "  # runs of spaces, a full-width A, a ligature
     if self.decode(self.encode(probe)) != probe:
       raise UserError(f"{where} does not give text back unchanged (it normalises): {cure}")
+    if self.pad_id < 0 or self.pad_id == self.bos_id:
+      raise UserError(f"{where} has no PAD piece, which fills up the end of a store: {cure}")
 
   def encode(self, text: str | bytes) -> np.ndarray:
     """Ids of a text (str, or bytes of valid UTF-8), int32 [n]; no BOS is added."""
@@ -114,10 +121,19 @@ def train(texts: Iterable[str | bytes], config, model_path: str) -> Tokenizer:
     texts: the sample; SentencePiece holds it in memory, several times over.
     config: the `tokenizer` section; `vocab_size` is an upper limit.
     model_path: the .model file to write.
+
+  Raises:
+    UserError: SentencePiece cannot make such a tokenizer from these texts.
   """
   texts = [text if isinstance(text, str) else text.decode("utf-8") for text in texts]
   sentences = _sentences(texts, max_characters=max(1, (config.vocab_size - _N_RESERVED) // 2))
-  model = _train(sentences, config)
+  try:
+    model = _train(sentences, config)
+  except (RuntimeError, OSError, ValueError, OverflowError) as error:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    raise UserError(f"SentencePiece makes no tokenizer of {config.vocab_size:,} pieces from this "
+                    f"corpus ({reason}): lower config.tokenizer.vocab_size, or prepare more text"
+                    ) from error
   with open(model_path, "wb") as file:
     file.write(model)
   return Tokenizer(model, model_path)
@@ -135,7 +151,7 @@ def load(path: str) -> Tokenizer:
       return Tokenizer(stream.read(), file)
   except OSError as error:
     raise UserError(f"no tokenizer at {path} ({error.strerror}): name a .model file or a token "
-                    f"store") from error
+                    f"store in config.tokenizer.path") from error
 
 
 def _sentences(texts: list[str], max_characters: int) -> list[str]:

@@ -14,6 +14,7 @@ then a fixed distance from the record's start, and reading needs neither TFDS no
 """
 
 import collections
+import hashlib
 import itertools
 import os
 import threading
@@ -30,6 +31,7 @@ DATASET = "tokens"
 FEATURE = "ids"
 SPLITS = ("train", "validation")
 _OPEN_FILES = 512  # below the usual limit of 1,024 a process
+_AGAIN = "copy the store again, or run `chinchilla prepare` with --overwrite"
 _READER = "readahead_buffer_size:0,max_parallelism:0"  # random access
 
 
@@ -70,16 +72,24 @@ def open_store(path: str, verify: str = "auto") -> "TokenStore":
 
   Raises:
     UserError: no store there; a file missing, truncated or changed; a tokenizer that did not make
-      the ids.
+      the ids; ids that are not those of the ledger.
   """
   path = os.path.expanduser(path)
   ledger = ledgers.read(path)
-  ledgers.verify(path, ledger, verify)
+  how = ledgers.verify(path, ledger, verify)
   tokenizer = tokenizers.load(path)
   if tokenizer.fingerprint != ledger["tokenizer"]:
     raise UserError(f"{path}: tokenizer.model did not make these tokens (its checksum is not the "
                     f"ledger's): copy the store again, or run `chinchilla prepare`")
-  return TokenStore(path, ledger, tokenizer)
+  made_with = (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.pad_id)
+  if made_with != (ledger["vocab_size"], ledger["bos_id"], ledger["pad_id"]):
+    raise UserError(f"{path}: ledger.json is damaged (it counts other pieces than tokenizer.model "
+                    f"has): {_AGAIN}")
+  store = TokenStore(path, ledger, tokenizer)
+  if how == "full":
+    for name in ledger["splits"]:
+      store.split(name).verify()
+  return store
 
 
 class TokenStore:
@@ -130,6 +140,9 @@ class TokenSplit:
     self._files = [os.path.join(path, file["name"]) for file in split["files"]]
     # Chunks in the files before file k, for every k.
     self._ends = np.cumsum([0] + [file["chunks"] for file in split["files"]])
+    self._chunks = [file["chunks"] for file in split["files"]]
+    self._begun = [file.get("documents") for file in split["files"]]
+    self._sha256 = split["sha256"]
     self._readers: collections.OrderedDict = collections.OrderedDict()
     self._lock = threading.Lock()
 
@@ -168,6 +181,23 @@ class TokenSplit:
       row[:] = stream[offset:offset + length]
     return out
 
+  def verify(self):
+    """Compares the ids themselves with the ledger: it might be a whole ledger of other files.
+
+    Raises:
+      UserError: they are not the ids that were written, or not so many documents.
+    """
+    sha256, documents, largest, block = hashlib.sha256(), 0, 0, 256 * CHUNK
+    for start in range(0, self.n_tokens, block):
+      ids = self.read(start, min(block, self.n_tokens - start))
+      sha256.update(ids.tobytes())
+      documents += int(np.count_nonzero(ids == self.bos_id))
+      largest = max(largest, int(ids.max()))
+    if (sha256.hexdigest() != self._sha256 or documents != self.n_documents
+        or largest >= self.vocab_size):
+      raise UserError(f"{self.path}: the {self.name} split does not hold the ids that its ledger "
+                      f"tells of: {_AGAIN}")
+
   def documents(self) -> Iterator[np.ndarray]:
     """The ids of each document in turn, without its BOS."""
     block = 256 * CHUNK
@@ -183,6 +213,27 @@ class TokenSplit:
         parts = [ids[begin + 1:end]]
     if parts:
       yield np.concatenate(parts)
+
+  def document_counts(self) -> tuple[np.ndarray, np.ndarray] | None:
+    """How many documents begin in each stretch of the stream, as the ledger counts them.
+
+    Returns:
+      (start_s, begun_s): int64, where each stretch begins, in tokens, and documents that begin in
+      it. None where the ledger has no counts that can be right: they are only for logs, so
+      opening a store does not check them.
+    """
+    starts: list[int] = []
+    begun: list[int] = []
+    try:
+      for chunks, end, file in zip(self._chunks, self._ends[1:].tolist(), self._begun, strict=True):
+        starts += range((end - chunks) * CHUNK, end * CHUNK, file["per_chunks"] * CHUNK)
+        begun += file["begun"]
+      start_s, begun_s = np.array(starts, np.int64), np.array(begun, np.int64)
+    except (LookupError, TypeError, ValueError, OverflowError):
+      return None
+    if start_s.shape != begun_s.shape or begun_s.sum() != self.n_documents:
+      return None
+    return start_s, begun_s
 
   def _read_chunks(self, chunk_m: np.ndarray) -> np.ndarray:
     """Records by number, sorted: [m, CHUNK]."""
@@ -206,8 +257,9 @@ class TokenSplit:
       try:
         return self._reader(file).read(index_m.tolist())
       except (RuntimeError, ValueError, IndexError, OSError) as error:
-        raise UserError(f"{self._files[file]} cannot be read ({str(error).splitlines()[0]}): check "
-                        f"it with --config.data.verify=full, or copy the store again") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{self._files[file]} cannot be read ({reason}): check it with "
+                        f"--config.data.verify=full, or copy the store again") from error
 
   def _reader(self, file: int):
     """An open reader; the least recently used is closed when there are too many."""
@@ -219,6 +271,9 @@ class TokenSplit:
       self._readers.popitem(last=False)[1].close()
     reader = array_record_module.ArrayRecordReader(
         self._files[file], options=_READER, file_reader_buffer_size=4096)
+    if (found := reader.num_records()) != self._chunks[file]:
+      raise UserError(f"{self._files[file]} holds {found:,} chunks of ids, its ledger says "
+                      f"{self._chunks[file]:,}: {_AGAIN}")
     self._readers[file] = reader
     return reader
 

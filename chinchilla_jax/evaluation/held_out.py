@@ -11,6 +11,7 @@ import functools
 import gzip
 import lzma
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,6 +41,14 @@ class Result:
     return self.nll / math.log(2) / self.bytes
 
 
+class Stopped(Exception):
+  """An evaluation was given up, for a signal."""
+
+  def __init__(self, signal: int):
+    super().__init__(f"by signal {signal}")
+    self.signal = signal
+
+
 class HeldOut:
   """The fixed validation set of an experiment."""
 
@@ -56,16 +65,35 @@ class HeldOut:
     bytes_v = store.tokenizer.piece_bytes_v
     self._piece_bytes_v = processes.global_batch(
         lambda start, stop: {"v": bytes_v[start:stop]}, layout.replicated, len(bytes_v))["v"]
-    self._step = jax.jit(step_lib.make_eval_step(experiment, layout),
-                         out_shardings=layout.replicated)
+    evaluate = step_lib.make_eval_step(experiment, layout)
 
-  def __call__(self, params: Any) -> Result:
-    """Evaluates every target of the set once, in float64 sums of float32 batches."""
-    sums = []
+    def voted(params, batch, piece_bytes_v, vote):
+      return evaluate(params, batch, piece_bytes_v) | {"stop_signal": processes.counted(vote)}
+
+    self._step = jax.jit(voted, out_shardings=layout.replicated)
+
+  def __call__(self, params: Any, beat: Callable[[], None] = lambda: None,
+               ballot: Callable[[], int] = lambda: 0) -> Result:
+    """Evaluates every target of the set once, in float64 sums of float32 batches.
+
+    Args:
+      params: laid out as the layout says.
+      beat: called after every batch, so that a watchdog sees that it goes on.
+      ballot: the signal by which this process asks all to stop, or 0 (`processes.vote`).
+
+    Raises:
+      Stopped: some process asked; on all of them, after the same batch.
+    """
+    sums: list[dict[str, jax.Array]] = []
     for index in range(len(self._batches)):
       batch = processes.global_batch(functools.partial(self._batches.rows, index),
                                      self._layout.rows, self._size)
-      sums.append(self._step(params, batch, self._piece_bytes_v))
+      vote = processes.vote(self._layout.mesh, ballot())
+      sums.append(self._step(params, batch, self._piece_bytes_v, vote))
+      if index:  # One is computed while the next is made, no more.
+        if signal := int(jax.device_get(sums[-2]["stop_signal"])):
+          raise Stopped(signal)
+      beat()
     sums = jax.device_get(sums)
     total = lambda name: sum(float(part[name]) for part in sums)
     return Result(total("nll"), total("targets"), total("bytes"))

@@ -257,12 +257,38 @@ def together(timeout: float = _SLOWEST) -> Iterator[None]:
     yield
   except UserError as error:
     problem = error
-  texts = _gather(str(problem or ""), "finish its part", timeout)
+  first = first_problem(str(problem or ""), timeout)
   if problem:
     raise problem
-  for process, text in enumerate(texts):
+  if first:
+    raise UserError(first)
+
+
+def first_problem(problem: str, timeout: float = _SLOWEST) -> str:
+  """The first process's problem that has one, the same text everywhere; "" if none has."""
+  for process, text in enumerate(_gather(problem, "finish its part", timeout)):
     if text:
-      raise UserError(f"process {process}: {text}")
+      return text if _joined() == 1 else f"process {process}: {text}"
+  return ""
+
+
+def from_main(make: Callable[[], Any], timeout: float = _SLOWEST) -> Any:
+  """What `make` returns on process 0, on all of them; only there is it called.
+
+  Args:
+    make: returns what JSON can hold (tuples come back as lists).
+    timeout: seconds to wait for it.
+
+  Raises:
+    UserError: what `make` raised, on all processes.
+  """
+  text = ""
+  with together(timeout):
+    if _joined() == 1:
+      return make()
+    if is_main():
+      text = json.dumps(make())
+  return json.loads(_gather(text, "tell what it knows", timeout)[0])
 
 
 def barrier(name: str, timeout: float = _SLOWEST) -> None:

@@ -1,5 +1,19 @@
-"""Orbax checkpoints: the train state and, beside it, what a restart must agree with."""
+"""Checkpoints as they are read: which there are, whether they are whole, what is in them.
 
+  checkpoints/
+    730/               one that is complete; the number is its step
+      state/           the arrays (Orbax), bfloat16 and float32 as they are
+      progress.json    step, tokens, config, store, mesh, versions, what is still owed
+      seals/           sizes and checksums of all files, one file for each process that wrote
+    740.partial/       one being written, or what a crash left of it; never restored
+    aside/             what was damaged, or given up in a rollback; nothing deletes it
+
+`saving` writes them. Nothing here writes anything.
+"""
+
+import dataclasses
+import json
+import os
 import pathlib
 from typing import Any
 
@@ -9,86 +23,279 @@ import orbax.checkpoint as ocp
 from chinchilla_jax import config as schema
 from chinchilla_jax import config_io
 from chinchilla_jax.errors import UserError
-from chinchilla_jax.training import run_folder
-from chinchilla_jax.training.state import State
+from chinchilla_jax.training import run_folder, seals
+
+PARTIAL = ".partial"
+ASIDE = "aside"
+DUTIES = ("evaluation",)  # What can be owed.
+
+# What progress.json must hold to be of use here, by dotted name.
+_FIELDS = {"step": int, "tokens": int, "owed": list, "skipped": list, "config": dict,
+           "fingerprints.store": str, "fingerprints.tokenizer": str,
+           "surroundings.mesh": str, "surroundings.strategy": str, "surroundings.devices": str,
+           "surroundings.processes": int, "surroundings.cores": int,
+           "surroundings.versions": dict}
 
 
-class Checkpoints:
-  """The checkpoints of one run.
+def steps(path: pathlib.Path) -> list[int]:
+  """Steps of the checkpoints in a folder, damaged ones included, ascending.
 
-  A checkpoint has two items: `state`, the arrays (bfloat16 and float32 as they are), and
-  `progress`, JSON with the step, the tokens seen, the config, the store's fingerprint and
-  the library versions. Orbax commits it by renaming, so a crash leaves no half checkpoint.
+  Raises:
+    UserError: it is a file, or cannot be read. Without it, there are none.
   """
+  if not os.path.lexists(path):  # Not Path's, which fails for names that are too long.
+    return []
+  try:
+    return sorted(int(name) for name in os.listdir(path)
+                  if name.isdecimal() and str(int(name)) == name)
+  except OSError as error:
+    raise UserError(f"{path} cannot be read ({error.strerror}), and a run's checkpoints should be "
+                    "in there; mend it, or move it away") from error
 
-  def __init__(self, path: pathlib.Path, config: schema.Checkpoint | None = None,
-               keep_every_steps: int = 0):
-    """Opens for writing with a config, for reading only without."""
-    self.path = path
-    if config is None:
-      options = ocp.CheckpointManagerOptions(read_only=True)
-    else:
-      options = ocp.CheckpointManagerOptions(
-          max_to_keep=config.keep, keep_period=keep_every_steps or None,
-          enable_async_checkpointing=config.asynchronous, create=True)
-    self._manager = ocp.CheckpointManager(
-        path.absolute(), options=options,
-        item_handlers={"state": ocp.PyTreeCheckpointHandler(),
-                       "progress": ocp.JsonCheckpointHandler()})
 
-  def steps(self) -> list[int]:
-    """Steps of all committed checkpoints, ascending."""
-    return sorted(self._manager.all_steps())
+def newest_good(path: pathlib.Path, how: str = "full") -> tuple[int | None, dict[int, str]]:
+  """The newest checkpoint that is whole, and what is wrong with the newer ones, by step."""
+  problems: dict[int, str] = {}
+  for step in reversed(steps(path)):
+    problems[step] = problem(path, step, how)
+    if not problems[step]:
+      del problems[step]
+      return step, problems
+  return None, problems
 
-  def save(self, step: int, state: State, progress: dict[str, Any]) -> None:
-    """Starts to save; returns once the arrays are copied, so that they may be donated."""
-    self._manager.save(step, args=ocp.args.Composite(
-        state=ocp.args.PyTreeSave(state), progress=ocp.args.JsonSave(progress)))
 
-  def progress(self, step: int) -> dict[str, Any]:
-    """The JSON item of a checkpoint."""
-    return self._manager.restore(
-        step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
+def problem(path: pathlib.Path, step: int, how: str = "full", share: int = 0,
+            shares: int = 1) -> str:
+  """What is wrong with a checkpoint, in plain words; "" if nothing is. See `seals.problem`."""
+  if not (path / str(step)).is_dir():
+    return "it is not a folder"
+  found = seals.problem(path / str(step), how, share, shares)
+  if not found:
+    try:
+      of = _json(path, step).get("step", step)  # Without one it is of another version.
+      found = f"it is of step {of}" if of != step else ""
+    except (OSError, ValueError, AttributeError, RecursionError):
+      found = "progress.json is damaged"
+  return found
 
-  def restore(self, step: int, wanted: Any) -> Any:
-    """Restores the part of the state that `wanted` names.
 
-    Args:
-      step: of a committed checkpoint.
-      wanted: tree of ShapeDtypeStructs with shardings; a whole state or, say, only params.
+def told(problems: dict[int, str]) -> str:
+  """What is wrong with checkpoints, in one line that can be read."""
+  newest = [f"{step:,}: {why}" for step, why in sorted(problems.items(), reverse=True)[:3]]
+  more = len(problems) - len(newest)
+  return "; ".join([*newest, f"and {more:,} older ones"] if more else newest)
 
-    Raises:
-      UserError: names the first leaf that is missing or has another shape or dtype.
-    """
-    stored = self._manager.item_metadata(step).state.tree
-    _compare(stored, wanted, f"{self.path}/{step}")
-    return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(
-        item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-        partial_restore=True))).state
 
-  def restore_weights(self, step: int, params: Any) -> Any:
-    """Float32 weights for another run: the master copy where there is one, else the parameters.
+def progress(path: pathlib.Path, step: int) -> dict[str, Any]:
+  """What a checkpoint says of itself: `progress_of`.
 
-    Args:
-      step: of a committed checkpoint.
-      params: tree of ShapeDtypeStructs with shardings; its dtypes are not read.
+  Raises:
+    UserError: it is whole, but says something else than this program's checkpoints do.
+    OSError, ValueError: it is not whole: see `problem`.
+  """
+  found = _json(path, step)
+  if odd := _odd(found):
+    raise UserError(f"checkpoint {path / str(step)} was written by another version of "
+                    f"chinchilla_jax ({odd} in its progress.json); use that version")
+  return found
 
-    Raises:
-      UserError: the model has another shape.
-    """
-    stored = self._manager.item_metadata(step).state.tree
-    if "master" in stored["optimizer"]:
-      wanted = {"optimizer": {"master": _with_dtypes(params, stored["optimizer"]["master"])}}
-      return self.restore(step, wanted)["optimizer"]["master"]
-    weights = self.restore(step, {"params": _with_dtypes(params, stored["params"])})["params"]
-    return jax.tree.map(lambda w: w.astype("float32"), weights)
 
-  def wait(self) -> None:
-    """Blocks until every save has been committed."""
-    self._manager.wait_until_finished()
+def _json(path: pathlib.Path, step: int) -> Any:
+  return json.loads((path / str(step) / "progress.json").read_text())
 
-  def close(self) -> None:
-    self._manager.close()
+
+def _odd(progress: dict[str, Any]) -> str:
+  """What this program cannot make sense of; "" if nothing."""
+  for name, kind in _FIELDS.items():
+    value: Any = progress
+    for key in name.split("."):
+      value = value.get(key) if isinstance(value, dict) else None
+    if value is None:
+      return f"there is no {name}"
+    if not isinstance(value, kind):
+      return f"{name} is no {kind.__name__}"
+  if unknown := [duty for duty in progress["owed"] if duty not in DUTIES]:
+    return f"it owes {unknown[0]!r}"
+  ranges = [one for one in progress["skipped"] if isinstance(one, list) and len(one) == 2
+            and all(type(number) is int and number >= 0 for number in one)]
+  return "" if len(ranges) == len(progress["skipped"]) else "skipped holds no ranges"
+
+
+def restore(path: pathlib.Path, step: int, wanted: Any, whole: bool = False) -> Any:
+  """Restores the part of the state that `wanted` names.
+
+  Args:
+    path: the folder of checkpoints.
+    step: of one of them.
+    wanted: tree of ShapeDtypeStructs with shardings; a whole state or, say, only params.
+    whole: whether the checkpoint may hold nothing else.
+
+  Raises:
+    UserError: names the first array that is missing or has another shape or dtype, or the
+      checkpoint cannot be read.
+  """
+  where = path / str(step)
+  check(path, step, wanted, whole)
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    try:
+      return reader.restore(_state(where), args=ocp.args.PyTreeRestore(
+          item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+          partial_restore=True))
+    except Exception as error:  # Orbax wraps what it meets in many ways, Exception among them.
+      raise UserError(_unreadable(where, error)) from error
+
+
+def check(path: pathlib.Path, step: int, wanted: Any, whole: bool = False) -> None:
+  """Raises what `restore` would raise about shapes and dtypes; `wanted` needs no shardings."""
+  where = path / str(step)
+  stored = _tree(where)
+  _compare(stored, wanted, str(where))
+  if whole:
+    _refuse_more(stored, wanted, str(where))
+
+
+def restore_weights(path: pathlib.Path, step: int, params: Any) -> Any:
+  """Float32 weights for another run: the master copy where there is one, else the parameters.
+
+  Args:
+    path: the folder of checkpoints.
+    step: of one of them.
+    params: tree of ShapeDtypeStructs with shardings; its dtypes are not read.
+
+  Raises:
+    UserError: the model has another shape.
+  """
+  restored = restore(path, step, _weights(path, step, params))
+  if "optimizer" in restored:
+    return restored["optimizer"]["master"]
+  return jax.tree.map(lambda w: w.astype("float32"), restored["params"])
+
+
+def check_weights(path: pathlib.Path, step: int, params: Any) -> None:
+  """Raises what `restore_weights` would raise about shapes; `params` need no shardings."""
+  where = path / str(step)
+  _compare(_tree(where), _weights(path, step, params), str(where))
+
+
+def _weights(path: pathlib.Path, step: int, params: Any) -> Any:
+  stored = _tree(path / str(step))
+  if "master" in stored.get("optimizer", {}):
+    return {"optimizer": {"master": _with_dtypes(params, stored["optimizer"]["master"])}}
+  return {"params": _with_dtypes(params, stored.get("params", {}))}
+
+
+def dtypes(path: pathlib.Path, step: int) -> dict[str, list[str]]:
+  """The dtypes of a checkpoint, by part of the state: {"params": ["bfloat16"], ...}."""
+  found: dict[str, set[str]] = {}
+  tree = _tree(path / str(step))
+  for name, part in tree.items():
+    parts = part.items() if name == "optimizer" else [("", part)]
+    for inner, leaves in parts:
+      kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(leaves)}
+      found[f"{name}/{inner}".rstrip("/")] = kinds
+  return {name: sorted(kinds) for name, kinds in found.items()}
+
+
+# -------------------------------------------------------------------- What it says of itself
+
+
+@dataclasses.dataclass(frozen=True)
+class Surroundings:
+  """Where a run computes. Results are bit for bit the same where this is."""
+
+  mesh: str       # "data 4, tensor 2"
+  strategy: str
+  devices: str    # "8 x TPU v4"
+  processes: int
+  cores: int      # That this process may use: on CPUs, sums depend on it.
+  versions: dict[str, str | None]
+
+
+def surroundings(mesh_text: str, strategy: str) -> Surroundings:
+  """Those of this process."""
+  devices = jax.devices()
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+  return Surroundings(mesh_text, strategy, f"{len(devices)} x {devices[0].device_kind}",
+                      jax.process_count(), cores or 1, run_folder.versions())
+
+
+def progress_of(experiment: schema.Experiment, fingerprints: dict[str, str], step: int, tokens: int,
+                where: Surroundings, skipped: list[list[int]], owed: list[str]) -> dict[str, Any]:
+  """The content of progress.json.
+
+  Args:
+    experiment: its config.
+    fingerprints: of the token "store" and its "tokenizer".
+    step: taken.
+    tokens: trained on.
+    where: it was computed.
+    skipped: [first, count] of the sequences that rollbacks left out.
+    owed: what belongs to this step and has not been done when the checkpoint is written.
+  """
+  return {"step": step, "tokens": tokens, "owed": owed, "skipped": skipped,
+          "fingerprints": fingerprints, "surroundings": dataclasses.asdict(where),
+          "config": config_io.to_dict(experiment)}
+
+
+def refuse_other_run(progress: dict[str, Any], experiment: schema.Experiment,
+                     fingerprints: dict[str, str], where: str) -> list[tuple[str, Any, Any]]:
+  """Checks that a checkpoint is of this run.
+
+  Returns:
+    (field, old, new) of what changed but may change.
+
+  Raises:
+    UserError: an identity field, the tokenizer or the store differs; names the first.
+  """
+  try:
+    old = config_io.from_dict(progress["config"])
+  except UserError as error:
+    raise UserError(f"{where} holds a run of another version of chinchilla_jax ({error}); use "
+                    "that version, or start a new run with another --workdir") from error
+  for name, before, now in config_io.differences(old, experiment, "identity"):
+    raise UserError(f"{where} holds a run with config.{name}={before!r}, not {now!r}; "
+                    "keep the old value, or start a new run with another --workdir")
+  for name, words in (("tokenizer", "with another tokenizer"), ("store", "on another token store")):
+    before, now = progress["fingerprints"][name], fingerprints[name]
+    if before != now:
+      raise UserError(f"{where} holds a run {words} (fingerprint {before[:12]}, now {now[:12]}); "
+                      "set config.data.store to the old store, or start a new run with another "
+                      "--workdir")
+  return config_io.differences(old, experiment, "length", "layout", "guard", "observation")
+
+
+def moved(progress: dict[str, Any], now: Surroundings) -> list[str]:
+  """What is not as it was when a checkpoint was written, in lines; results then differ in bits."""
+  before, after = progress["surroundings"], dataclasses.asdict(now)
+  pairs = [(name, before[name], after[name])
+           for name in ("mesh", "strategy", "devices", "processes", "cores")]
+  pairs += [(f"the version of {name}", before["versions"].get(name), version)
+            for name, version in after["versions"].items()]
+  return [f"{name} was {old}, is now {new}" for name, old, new in pairs if old != new]
+
+
+# -------------------------------------------------------------------- Trees
+
+
+def _state(where: pathlib.Path) -> pathlib.Path:
+  return (where / "state").absolute()
+
+
+def _tree(where: pathlib.Path) -> dict[str, Any]:
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    try:
+      if (found := reader.metadata(_state(where)).item_metadata) is None:
+        raise ValueError("Orbax finds no arrays in it")
+      return found.tree
+    except Exception as error:  # As in `restore`.
+      raise UserError(_unreadable(where, error)) from error
+
+
+def _unreadable(where: pathlib.Path, error: BaseException) -> str:
+  while error.__cause__ is not None:  # What is on top is a page of TensorStore's settings.
+    error = error.__cause__
+  reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+  return f"checkpoint {where} cannot be read ({reason}); look at it with `chinchilla inspect`"
 
 
 def _compare(stored: Any, wanted: Any, where: str, path: str = "") -> None:
@@ -106,6 +313,15 @@ def _compare(stored: Any, wanted: Any, where: str, path: str = "") -> None:
           f"{want.dtype}{list(want.shape)}; use the config.json of its run")
 
 
+def _refuse_more(stored: Any, wanted: Any, where: str, path: str = "") -> None:
+  for key, have in stored.items():
+    if key not in wanted:
+      raise UserError(f"checkpoint {where} has {path}{key}, the config wants none; use the "
+                      "config.json of its run")
+    if isinstance(have, dict):
+      _refuse_more(have, wanted[key], where, f"{path}{key}/")
+
+
 def _with_dtypes(wanted: Any, stored: Any) -> Any:
   """`wanted` with the dtypes of `stored`, where both have a leaf."""
   if not isinstance(wanted, dict):
@@ -113,42 +329,3 @@ def _with_dtypes(wanted: Any, stored: Any) -> Any:
     return jax.ShapeDtypeStruct(wanted.shape, dtype, sharding=wanted.sharding)
   inner = stored if isinstance(stored, dict) else {}
   return {key: _with_dtypes(value, inner.get(key, {})) for key, value in wanted.items()}
-
-
-def newest_step(path: pathlib.Path) -> int | None:
-  """Step of the newest committed checkpoint of a run, or None; creates nothing."""
-  if not path.is_dir():
-    return None
-  checkpoints = Checkpoints(path)
-  try:
-    return max(checkpoints.steps(), default=None)
-  finally:
-    checkpoints.close()
-
-
-def progress_of(experiment: schema.Experiment, store_fingerprint: str, step: int,
-                tokens: int) -> dict[str, Any]:
-  """What a checkpoint says of itself."""
-  return {"step": step, "tokens": tokens, "config": config_io.to_dict(experiment),
-          "store_fingerprint": store_fingerprint, "versions": run_folder.versions()}
-
-
-def refuse_other_run(progress: dict[str, Any], experiment: schema.Experiment,
-                     store_fingerprint: str, where: str) -> list[tuple[str, Any, Any]]:
-  """Checks that a checkpoint is of this run.
-
-  Returns:
-    (field, old, new) of what changed but may change.
-
-  Raises:
-    UserError: an identity field or the store differs; names the first.
-  """
-  old = config_io.from_dict(progress["config"])
-  for name, before, now in config_io.differences(old, experiment, "identity"):
-    raise UserError(f"{where} holds a run with config.{name}={before!r}, not {now!r}; "
-                    "keep the old value, or start a new run with another --workdir")
-  if progress["store_fingerprint"] != store_fingerprint:
-    raise UserError(f"{where} holds a run on another token store (fingerprint "
-                    f"{progress['store_fingerprint'][:12]}, now {store_fingerprint[:12]}); "
-                    "set config.data.store to the old one, or start a new run")
-  return config_io.differences(old, experiment, "length", "layout", "observation")

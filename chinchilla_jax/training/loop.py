@@ -4,31 +4,40 @@ import contextlib
 import dataclasses
 import functools
 import os
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import numpy as np
 
 from chinchilla_jax import config as schema
 from chinchilla_jax import config_io, durations
-from chinchilla_jax.data import batches, tokens
+from chinchilla_jax.data import address, batches, tokens
 from chinchilla_jax.errors import UserError
-from chinchilla_jax.evaluation.held_out import HeldOut
+from chinchilla_jax.evaluation import held_out
 from chinchilla_jax.model import shapes
 from chinchilla_jax.parallel import mesh as mesh_lib
 from chinchilla_jax.parallel import processes
 from chinchilla_jax.parallel.layout import Layout, refuse
-from chinchilla_jax.training import checkpoint as checkpoint_lib
 from chinchilla_jax.training import (
-    guards,
+    checkpoint,
     metrics,
     optimizer,
     recorder,
     run_folder,
+    run_lock,
+    saving,
     schedule,
+    start,
 )
 from chinchilla_jax.training import state as state_lib
 from chinchilla_jax.training import step as step_lib
+from chinchilla_jax.training.interrupt import Interrupt
 from chinchilla_jax.training.run_folder import RunFolder
+from chinchilla_jax.training.watchdog import Watchdog
+
+_COMPILING = 3600.0  # Seconds that the first step of a process may take at least.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +50,11 @@ class Plan:
   clock: durations.Clock
   optimizer: optimizer.AdamW
 
+  @property
+  def fingerprints(self) -> dict[str, str]:
+    """Of what a checkpoint belongs to, beside its config."""
+    return {"store": self.store.fingerprint, "tokenizer": self.store.tokenizer.fingerprint}
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -50,6 +64,21 @@ class Outcome:
   total_steps: int
   signal: int | None               # The signal that ended it early.
   tokens_per_second: float | None  # Median over this call's steps.
+  rollback: int = 0                # The step whose spike ended a leg; never how `train` ends.
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What all legs of one call of `train` have in common: a rollback ends a leg."""
+
+  plan: Plan
+  folder: RunFolder
+  layout: Layout
+  where: checkpoint.Surroundings
+  step: Callable[..., tuple[state_lib.State, dict]]
+  evaluate: held_out.HeldOut
+  check_lock: Callable[[], None]
+  ballot: Callable[[], int]  # The signal that this process has got, or 0.
 
 
 def plan(experiment: schema.Experiment) -> Plan:
@@ -76,22 +105,69 @@ def plan(experiment: schema.Experiment) -> Plan:
   return Plan(experiment, store, sequences, clock, adamw)
 
 
-def train(experiment: schema.Experiment, workdir: str | os.PathLike) -> Outcome:
-  """Trains to the end of the run, from the newest checkpoint in `workdir` if there is one.
+def train(experiment: schema.Experiment, workdir: str | os.PathLike,
+          force: bool = False) -> Outcome:
+  """Trains to the end of the run, from the newest good checkpoint in `workdir` if there is one.
 
   Ctrl-C and SIGTERM save and return early; the same call goes on from there. With several
   processes (`processes.start` comes first) all of them call this; process 0 writes the logs.
 
+  Args:
+    experiment: the run.
+    workdir: its folder.
+    force: take over from a process that may still be at it, where no lock but a lease says so;
+      start from nothing where every checkpoint is damaged. Neither loses anything.
+
   Raises:
     UserError: the config does not fit its store, the devices, or the run that `workdir` holds,
-      or processes disagree; nothing has been written then. Or the loss stayed non-finite.
+      processes disagree, or another one is training there; nothing has been written then. Or the
+      loss stayed non-finite, spikes came back, saves kept failing.
   """
-  # ---------------------------------------------------------------- Plan
   folder = RunFolder(workdir)
-  made, latest = agreed_plan(experiment, folder)
+  made = agreed_plan(experiment, folder)
   mesh = mesh_lib.make(experiment.mesh)
   refuse(experiment, mesh.shape)
   layout = Layout(experiment, mesh)
+  # Both say what they cannot do before anything is written.
+  step, evaluate = jit_step(made, layout), held_out.HeldOut(experiment, made.store, layout)
+  where = checkpoint.surroundings(mesh_lib.shape_text(mesh), experiment.mesh.strategy)
+  begin = start.choose(made, folder, where, force)
+  if begin.step >= made.clock.total_steps and not begin.owed:
+    if processes.is_main():
+      print(f"nothing to do: {folder.path} is complete at step {begin.step:,} of "
+            f"{made.clock.total_steps:,}")
+    return Outcome(begin.step, made.clock.total_steps, None, None)
+
+  with contextlib.ExitStack() as stack:
+    lock = None
+    with processes.together():
+      if processes.is_main():
+        folder.create()
+        lock = stack.enter_context(run_lock.held(folder.path, force))
+    if processes.from_main(lambda: checkpoint.steps(folder.checkpoints)) != list(begin.found):
+      begin = start.choose(made, folder, where, force)  # Another process was at it until now.
+    interrupt = stack.enter_context(Interrupt())
+    run = Run(made, folder, layout, where, step, evaluate,
+              lock.check if lock else lambda: None, lambda: interrupt.signal or 0)
+    try:
+      while (outcome := leg(run, begin)).rollback:
+        roll_back(run, outcome.rollback, begin.skipped)
+        if outcome.signal:
+          break
+        begin = start.choose(made, folder, where, afresh=True)
+    except UserError as error:
+      if processes.is_main():
+        folder.note("failed", why=str(error))
+      raise
+  processes.barrier("the end")  # While process 0 ends its logs, the others must not be gone.
+  return outcome
+
+
+def leg(run: Run, begin: start.Start) -> Outcome:
+  """Trains from one start until the run is complete, a signal comes, or a rollback is due."""
+  # ---------------------------------------------------------------- Plan
+  made, folder, layout, experiment = run.plan, run.folder, run.layout, run.plan.experiment
+  sequences = made.sequences.skipping(begin.skipped)
   clock, total_steps = made.clock, made.clock.total_steps
   evaluate_every = clock.steps(experiment.evaluation.every, "config.evaluation.every")
   save_every = clock.steps(experiment.checkpoint.every, "config.checkpoint.every")
@@ -101,19 +177,22 @@ def train(experiment: schema.Experiment, workdir: str | os.PathLike) -> Outcome:
 
   # ---------------------------------------------------------------- State
   with processes.together():
-    state, step, notes = starting_state(made, folder, latest, layout)
-  if step >= total_steps:
-    if processes.is_main():
-      print(f"nothing to do: {folder.path} is complete at step {step:,} of {total_steps:,}")
-    return Outcome(step, total_steps, None, None)
+    state, note = start.state_of(made, folder, begin, layout)
+  step, owed = begin.step, list(begin.owed)
+  notes = [note, *(f"  {line}" for line in begin.notes), *start.set_aside(folder, begin.aside)]
 
   with contextlib.ExitStack() as stack:
     # -------------------------------------------------------------- Sinks
-    sinks = []
+    sinks: list[Any] = []
+    say = lambda text: print(text, file=sys.stderr, flush=True)
     if processes.is_main():
       folder.write_config(experiment)
-      folder.rewind_metrics(step)
+      rolled_back = any(kind == start.ROLLED_BACK for _, kind, _ in begin.aside)
+      folder.rewind_metrics(step, keep=rolled_back)
+      folder.note("resume" if begin.resumed else "start", step=step, notes=notes,
+                  **dataclasses.asdict(run.where))
       console = metrics.Console(total_steps, step, print_every)
+      say = console.print
       sinks += [console, metrics.JsonLines(folder.metrics)]
       if experiment.logging.tensorboard:
         sinks.append(metrics.TensorBoard(folder.tensorboard, step))
@@ -123,50 +202,103 @@ def train(experiment: schema.Experiment, workdir: str | os.PathLike) -> Outcome:
       for sink in sinks:
         stack.callback(sink.close)
       for line in (*describe(made, layout), *notes):
-        console.print(line)
+        say(line)
 
     # -------------------------------------------------------------- Steps
-    checkpoints = checkpoint_lib.Checkpoints(folder.checkpoints, experiment.checkpoint, keep_every)
-    stack.callback(checkpoints.close)
-    record = recorder.Recorder(experiment, clock, sinks, log_every)
-    train_step = jit_step(made, layout)
-    validate = HeldOut(experiment, made.store, layout)
+    saver = saving.Saver(folder.checkpoints, experiment.checkpoint, keep_every, say, folder.note)
+    stack.callback(saver.close)
+    record = recorder.Recorder(experiment, clock, sinks, log_every, step,
+                               functools.partial(address.of, sequences))
     requests = ((clock.batches.cursor(s), clock.batches.sequences(s))
                 for s in range(step, total_steps))
     feed = stack.enter_context(contextlib.closing(batches.prefetch(
-        functools.partial(device_batch, made, layout), requests, experiment.data.prefetch)))
-    interrupt = stack.enter_context(guards.Interrupt())
+        functools.partial(device_batch, sequences, layout), requests, experiment.data.prefetch)))
+    hang = experiment.guard.hang_after
+    watchdog = stack.enter_context(Watchdog(
+        hang, max(hang, _COMPILING), lambda: f"last completed step {record.done:,}"))
     stack.enter_context(jax.transfer_guard("disallow"))
 
-    # -------------------------------------------------------------- Train
-    for _, batch in feed:
-      state, values = train_step(state, batch, processes.vote(mesh, interrupt.signal or 0))
-      step += 1
-      record.step(step, values)
+    def save() -> None:
+      with processes.together():
+        run.check_lock()
+      # Before checkpoint s is complete, every line up to s is on disk.
+      saver.save(step, state, checkpoint.progress_of(
+          experiment, made.fingerprints, step, clock.tokens(step), run.where,
+          [list(one) for one in begin.skipped], list(owed)), record.flush)
+      record.resume()
 
-      last = step == total_steps or record.stop_signal
-      if step == total_steps or (evaluate_every and step % evaluate_every == 0):
+    def pay() -> None:
+      """Does what belongs to this step, unless a signal comes."""
+      while owed:
+        assert owed[0] == "evaluation"
         record.pause()
-        result = validate(state["params"])
+        try:
+          result = run.evaluate(state["params"], watchdog.beat, run.ballot)
+        except held_out.Stopped as stopped:
+          record.stop_signal = stopped.signal
+          return
         record.event({"kind": "eval", "step": step, "loss": result.loss,
                       "bits_per_byte": result.bits_per_byte, "targets": result.targets,
                       "bytes": result.bytes})
         record.resume()
-      if last or (save_every and step % save_every == 0):
-        record.pause()
-        record.flush()  # Before checkpoint s commits, every line up to s is on disk.
-        checkpoints.save(step, state, checkpoint_lib.progress_of(
-            experiment, made.store.fingerprint, step, clock.tokens(step)))
-        record.resume()
-      if last:
+        owed.pop(0)
+
+    # -------------------------------------------------------------- Train
+    pay()  # What a stop or a crash came before.
+    for _, batch in feed:
+      if record.stop_signal:
         break
-    checkpoints.wait()
-  processes.barrier("the end")  # While process 0 ends its logs, the others must not be gone.
-  return Outcome(step, total_steps, record.stop_signal or None, record.median_tokens_per_second())
+      state, values = run.step(state, batch, processes.vote(layout.mesh, run.ballot()))
+      step += 1
+      record.step(step, values)
+      watchdog.beat()
+
+      evaluates = step == total_steps or (evaluate_every and step % evaluate_every == 0)
+      saves = step == total_steps or (save_every and step % save_every == 0)
+      if evaluates or saves or record.stop_signal:
+        record.pause()  # From here, what is known of this step is known.
+      if record.rollback:
+        break
+      if evaluates:
+        owed.append("evaluation")
+      if saves or record.stop_signal:
+        save()
+      if record.stop_signal:
+        break  # What is owed can wait; whoever takes the machine may not.
+      pay()
+      if record.stop_signal and not saves:
+        save()
+    if not record.rollback:
+      saver.finish()
+  if processes.is_main():
+    event = "rollback" if record.rollback else "stop" if record.stop_signal else "complete"
+    folder.note(event, step=record.rollback or step, signal=record.stop_signal)
+  return Outcome(step, total_steps, record.stop_signal or None,
+                 record.median_tokens_per_second(), record.rollback)
 
 
-def agreed_plan(experiment: schema.Experiment, folder: RunFolder) -> tuple[Plan, int | None]:
-  """The plan, and the newest checkpoint's step, once all processes have the same.
+def roll_back(run: Run, step: int, skipped: start.Ranges) -> None:
+  """Records that the batches around a step's are left out from now on, whatever comes next.
+
+  Raises:
+    UserError: there have been too many rollbacks.
+  """
+  guard, stages = run.plan.experiment.guard, run.plan.clock.batches
+  with processes.together():
+    if processes.is_main():
+      limit, so_far = guard.rollback_limit, len(run.folder.read_rollbacks())
+      if so_far >= limit:
+        raise UserError(f"a spike at step {step:,} after {limit} rollbacks; lower "
+                        "config.optimizer.peak_lr, look at the batches in "
+                        f"{run.folder.rollbacks}, or raise config.guard.rollback_limit")
+      kept = np.array([stages.cursor(max(0, step - 1 - guard.rollback_before)),
+                       stages.cursor(step + guard.rollback_after) - 1])
+      first, last = run.plan.sequences.skipping(skipped).actual(kept).tolist()
+      run.folder.add_rollback({"step": step, "skipped": [first, last - first + 1]})
+
+
+def agreed_plan(experiment: schema.Experiment, folder: RunFolder) -> Plan:
+  """The plan, once all processes have the same.
 
   Raises:
     UserError: what `plan` raises, or the first thing that processes disagree about; on all of
@@ -174,23 +306,22 @@ def agreed_plan(experiment: schema.Experiment, folder: RunFolder) -> tuple[Plan,
   """
   with processes.together():
     made = plan(experiment)
-    latest = checkpoint_lib.newest_step(folder.checkpoints)
   processes.agree({
       **{f"config.{name}": value for name, value in config_io.flat(experiment).items()},
       "the store's fingerprint": made.store.fingerprint,
-      "the newest checkpoint": latest,
       "the folder of the run": folder.path.name,
       "the number of devices": jax.local_device_count(),
       **{f"the version of {name}": version for name, version in run_folder.versions().items()},
   })
-  return made, latest
+  return made
 
 
-def device_batch(made: Plan, layout: Layout, request: tuple[int, int]) -> step_lib.Batch:
+def device_batch(sequences: batches.Batches, layout: Layout,
+                 request: tuple[int, int]) -> step_lib.Batch:
   """Batch (first sequence, sequences) on the devices; each process makes its own rows."""
   first, count = request
   return processes.global_batch(
-      lambda start, stop: made.sequences.batch(first + start, stop - start), layout.rows, count)
+      lambda start, stop: sequences.batch(first + start, stop - start), layout.rows, count)
 
 
 def jit_step(made: Plan, layout: Layout) -> Callable[..., tuple[state_lib.State, dict]]:
@@ -204,45 +335,6 @@ def jit_step(made: Plan, layout: Layout) -> Callable[..., tuple[state_lib.State,
   wanted = state_lib.abstract(made.experiment.model, made.optimizer)
   return jax.jit(voted, donate_argnums=0,
                  out_shardings=(layout.state(wanted), layout.replicated))
-
-
-def starting_state(made: Plan, folder: RunFolder, latest: int | None,
-                   layout: Layout) -> tuple[state_lib.State, int, list[str]]:
-  """Decides where a run starts. The order is important:
-
-  1. the newest checkpoint in the run's own folder, `latest`, from whatever mesh it was saved;
-  2. the newest parameters of the run in config.checkpoint.init_from, all else fresh;
-  3. a fresh state, drawn from the seed.
-
-  Returns:
-    (state, steps it has behind it, lines that say what was done).
-  """
-  experiment = made.experiment
-  wanted = layout.placed(state_lib.abstract(experiment.model, made.optimizer))
-  if latest is not None:
-    with contextlib.closing(checkpoint_lib.Checkpoints(folder.checkpoints)) as checkpoints:
-      changed = checkpoint_lib.refuse_other_run(
-          checkpoints.progress(latest), experiment, made.store.fingerprint, str(folder.path))
-      state = checkpoints.restore(latest, wanted)
-    notes = [f"resuming at step {latest:,} from {folder.checkpoints / str(latest)}"]
-    notes += [f"  config.{name} was {old!r}, is now {new!r}" for name, old, new in changed]
-    return state, latest, notes
-
-  shardings = layout.state(wanted)
-  init = jax.jit(lambda key: state_lib.init(experiment.model, made.optimizer, key),
-                 out_shardings=shardings)
-  state = init(jax.random.key(experiment.seed))
-  if experiment.checkpoint.init_from:
-    source = RunFolder(experiment.checkpoint.init_from)
-    if (latest := checkpoint_lib.newest_step(source.checkpoints)) is None:
-      raise UserError(f"config.checkpoint.init_from: {str(source.path)!r} holds no checkpoint; "
-                      "give the folder of a run")
-    with contextlib.closing(checkpoint_lib.Checkpoints(source.checkpoints)) as checkpoints:
-      weights = checkpoints.restore_weights(latest, wanted["optimizer"]["mu"])
-    state["params"], state["optimizer"] = jax.jit(
-        made.optimizer.init, out_shardings=(shardings["params"], shardings["optimizer"]))(weights)
-    return state, 0, [f"starting from the parameters of {source.path} at step {latest:,}"]
-  return state, 0, [f"starting afresh from seed {experiment.seed}"]
 
 
 def describe(made: Plan, layout: Layout) -> list[str]:

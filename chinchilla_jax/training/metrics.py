@@ -1,5 +1,6 @@
 """Metrics, one step late, and where they go: JSON lines, TensorBoard, W&B, console."""
 
+import contextlib
 import json
 import os
 import time
@@ -14,21 +15,37 @@ Record = dict[str, Any]
 
 
 class JsonLines:
-  """metrics.jsonl: one JSON object a line, appended."""
+  """metrics.jsonl: one JSON object a line, appended as it comes.
+
+  While the disk is full, lines wait in memory, and none is lost or written twice.
+  """
 
   def __init__(self, path):
-    self._file = open(path, "a")
+    self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    self._waiting = b""
 
   def write(self, record: Record) -> None:
-    self._file.write(json.dumps(record) + "\n")
+    self._waiting += json.dumps(record).encode() + b"\n"
+    with contextlib.suppress(OSError):  # `flush` tells.
+      self._push()
 
   def flush(self) -> None:
-    self._file.flush()
-    os.fsync(self._file.fileno())
+    """Returns when every line is on disk.
+
+    Raises:
+      OSError: the disk took no more; what it did not take still waits.
+    """
+    self._push()
+    os.fsync(self._file)
 
   def close(self) -> None:
-    self.flush()
-    self._file.close()
+    with contextlib.suppress(OSError):
+      self.flush()
+    os.close(self._file)
+
+  def _push(self) -> None:
+    while self._waiting:
+      self._waiting = self._waiting[os.write(self._file, self._waiting):]
 
 
 class TensorBoard:
@@ -102,6 +119,9 @@ class Console:
     if record["kind"] == "eval":
       self.print(f"step {record['step']:,}  validation {record['loss']:.4f} nats/token  "
                  f"{record['bits_per_byte']:.4f} bits/byte")
+      return
+    if record["kind"] == "trouble":
+      self.print(f"step {record['step']:,}  {record['text']}")
       return
     speed = f"{record['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in record else ""
     text = f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  {speed}"

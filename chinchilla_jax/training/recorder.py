@@ -2,16 +2,17 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from chinchilla_jax import config as schema
 from chinchilla_jax import durations
+from chinchilla_jax.data import address as addresses
+from chinchilla_jax.errors import UserError
 from chinchilla_jax.model import flops
 from chinchilla_jax.parallel import topology
-from chinchilla_jax.training import guards
 
 
 class Recorder:
@@ -20,18 +21,26 @@ class Recorder:
   So the host reads and writes while the device works. The time between two reads is the time
   of a step; `resume` after a pause keeps evaluations and saves out of it.
 
+  All processes read the same values, so what these attributes say is the same on all of them.
+
   Attributes:
+    done: the newest step that is known to be finished.
     stop_signal: the signal by which some process asked all to stop, or 0; it comes with the
       values of a step as `stop_signal` and is not recorded.
+    rollback: the step whose spike calls for a rollback, or 0.
   """
 
   def __init__(self, experiment: schema.Experiment, clock: durations.Clock, sinks: Sequence[Any],
-               log_every: int):
+               log_every: int, step: int = 0,
+               address: Callable[[int, int], dict[str, Any]] | None = None):
+    """Starts after `step`; `address(first sequence, sequences)` says what a batch is made of."""
     self._experiment = experiment
     self._clock = clock
     self._sinks = sinks
     self._log_every = log_every
-    self.stop_signal = 0
+    self._address = address
+    self.done = step
+    self.stop_signal = self.rollback = 0
     peak = topology.peak_flops(jax.devices()[0].device_kind)
     self._peak = peak and peak * len(jax.devices())
     model, seq_len = experiment.model, experiment.data.seq_len
@@ -60,7 +69,11 @@ class Recorder:
     self._send(self._stamp(record))
 
   def flush(self) -> None:
-    """Returns when every line is on disk."""
+    """Returns when every line is on disk.
+
+    Raises:
+      OSError: the disk is full; the lines wait.
+    """
     for sink in self._sinks:
       sink.flush()
 
@@ -86,12 +99,50 @@ class Recorder:
         for name, per_token in self._flops_per_token.items():
           record[name] = round(speed * per_token / self._peak, 4)
     self._before = now
+    self.done = step
     if step % self._log_every == 0 or step == self._clock.total_steps:
       self._send(record)
-    first_bad = step - max(1, int(values["nonfinite_run"]))
-    guards.stop_if_nonfinite(
-        values, self._experiment.nonfinite_limit, step, self._clock.batches.cursor(first_bad),
-        self._clock.batches.sequences(first_bad), self._experiment.seed)
+    if values["nonfinite_run"]:
+      self._nonfinite(step, values)
+    elif values.get("spike"):
+      self._spike(step, values)
+
+  def _nonfinite(self, step: int, values: dict[str, float]) -> None:
+    run, limit = int(values["nonfinite_run"]), self._experiment.guard.nonfinite_limit
+    self._trouble(step, "nonfinite", values,
+                  f"loss or gradient is not finite: update left out ({run} in a row)")
+    if run >= limit:
+      first = step - run + 1
+      raise UserError(
+          f"loss or gradient was not finite in {run} steps in a row up to step {step}; the first "
+          f"was step {first}, {addresses.text(self._batch(first))}; lower "
+          "config.optimizer.peak_lr, or look at that batch")
+
+  def _spike(self, step: int, values: dict[str, float]) -> None:
+    policy = self._experiment.guard.spikes
+    does = {"log": "update applied all the same", "skip": "update left out",
+            "rollback": "going back to a checkpoint before it"}[policy]
+    self._trouble(step, "spike", values,
+                  f"spike: loss {values['loss']:.4f}, update norm {values['update_norm']:.4g}: "
+                  f"{does}")
+    if policy == "rollback":
+      self.rollback = self.rollback or step
+
+  def _trouble(self, step: int, what: str, values: dict[str, float], text: str) -> None:
+    """Records what happened, with the address of the step's batch."""
+    if self._sinks:  # Finding the documents takes a while; only one process needs them.
+      batch = self._batch(step)
+      self._send(self._stamp({
+          "kind": "trouble", "step": step, "what": what,
+          **{name: values[name] for name in ("loss", "grad_norm", "update_norm") if name in values},
+          "batch": batch, "text": f"{text}; {addresses.text(batch)}"}))
+
+  def _batch(self, step: int) -> dict[str, Any]:
+    """The address of the batch of a step, which steps count from 1."""
+    first, count = self._clock.batches.cursor(step - 1), self._clock.batches.sequences(step - 1)
+    if self._address is None:
+      return {"seed": self._experiment.seed, "sequences": [[first, first + count - 1]]}
+    return self._address(first, count)
 
   def _stamp(self, record: dict[str, Any]) -> dict[str, Any]:
     step = record["step"]

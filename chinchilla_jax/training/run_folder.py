@@ -1,23 +1,31 @@
 """The folder of one run.
 
-  config.json       the resolved config, library versions and git commit; --config takes it
-  metrics.jsonl     one line a step and one an evaluation
-  checkpoints/      Orbax
-  tensorboard/      event files
+  config.json                the resolved config, library versions and git commit; --config takes it
+  metrics.jsonl              one line a step, one an evaluation, one for each odd event of a step
+  metrics.rolled_back.jsonl  lines of steps that a rollback took back
+  journal.jsonl              starts, resumptions, stops, failed saves, rollbacks, with their times
+  rollbacks.json             the sequences that rollbacks left out, once there are any
+  checkpoints/               see `checkpoint`
+  tensorboard/               event files
+  .lock                      held by the process that trains here
 """
 
+import contextlib
+import datetime
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
 import subprocess
+from collections.abc import Iterator
 from typing import Any
 
 import chinchilla_jax
 from chinchilla_jax import config as schema
 from chinchilla_jax import config_io
 from chinchilla_jax.errors import UserError
+from chinchilla_jax.training import durable
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "sentencepiece",
               "tensorflow-datasets", "array-record", "ml-collections", "numpy")
@@ -52,20 +60,42 @@ def git_commit() -> str | None:
 
 
 class RunFolder:
-  """Paths in a run's folder, and its config file."""
+  """Paths in a run's folder, and its files.
+
+  Raises:
+    UserError: the path is remote.
+  """
 
   def __init__(self, path: str | os.PathLike):
+    if "://" in str(path):
+      raise UserError(f"--workdir: {str(path)!r} is remote; keep the run's folder on a disk that "
+                      "is mounted here")
     self.path = pathlib.Path(path)
     self.config = self.path / "config.json"
     self.metrics = self.path / "metrics.jsonl"
+    self.rolled_back = self.path / "metrics.rolled_back.jsonl"
+    self.journal = self.path / "journal.jsonl"
+    self.rollbacks = self.path / "rollbacks.json"
     self.checkpoints = self.path / "checkpoints"
     self.tensorboard = self.path / "tensorboard"
 
+  def create(self) -> None:
+    """Makes the folder.
+
+    Raises:
+      UserError: it cannot be made, or is a file.
+    """
+    if os.path.isfile(self.path):
+      raise UserError(f"--workdir: {self.path} is a file; choose another place")
+    with _telling(self.path):
+      self.path.mkdir(parents=True, exist_ok=True)
+
   def write_config(self, experiment: schema.Experiment) -> None:
     """Writes config.json; a crash leaves the old one or the new one, never half of it."""
-    self.path.mkdir(parents=True, exist_ok=True)
+    self.create()
     text = json.dumps({"config": config_io.to_dict(experiment), "versions": versions()}, indent=2)
-    write_atomically(self.config, text + "\n")
+    with _telling(self.config):
+      durable.write(self.config, text + "\n")
 
   def read_config(self) -> schema.Experiment:
     """The experiment of this run.
@@ -73,37 +103,92 @@ class RunFolder:
     Raises:
       UserError: the folder is not a run.
     """
-    if not self.config.is_file():
+    if not os.path.isfile(self.config):  # Not Path's, which fails for names that are too long.
       raise UserError(f"--workdir: {str(self.path)!r} is not a run's folder (it has no "
                       "config.json); give the folder that `chinchilla train` wrote")
-    return config_io.load(str(self.config))
+    try:
+      return config_io.load(str(self.config))
+    except UserError as error:
+      if str(self.config) in str(error):
+        raise
+      raise UserError(f"{self.config} is of another version of chinchilla_jax, or was edited "
+                      f"({error}); use that version, or bring back a copy") from error
 
-  def rewind_metrics(self, step: int) -> None:
-    """Cuts metrics.jsonl back to `step`: a restart repeats no line and loses none."""
+  def rewind_metrics(self, step: int, keep: bool = False) -> None:
+    """Cuts metrics.jsonl back to `step`: a restart repeats no line and loses none.
+
+    Args:
+      step: of the newest line that stays.
+      keep: whether what is cut goes into metrics.rolled_back.jsonl.
+    """
     if not self.metrics.is_file():
       return
-    kept = []
-    for line in self.metrics.read_text(errors="replace").splitlines():
-      try:
-        record: Any = json.loads(line)
-      except json.JSONDecodeError:  # The line that a crash cut short.
-        continue
-      if isinstance(record, dict) and record.get("step", step + 1) <= step:
-        kept.append(line + "\n")
-    write_atomically(self.metrics, "".join(kept))
+    kept, cut = [], []
+    for record in _records(self.metrics):
+      (kept if record.get("step", step + 1) <= step else cut).append(json.dumps(record) + "\n")
+    with _telling(self.metrics):
+      if keep and cut:
+        with open(self.rolled_back, "a") as file:
+          file.write("".join(cut))
+      durable.write(self.metrics, "".join(kept))
 
   def read_metrics(self) -> list[dict[str, Any]]:
-    """Every record of metrics.jsonl, in order."""
-    if not self.metrics.is_file():
+    """Every record of metrics.jsonl, in order, but for a line that a crash cut short."""
+    return list(_records(self.metrics))
+
+  def note(self, event: str, **facts: Any) -> None:
+    """Adds a line to the journal. A disk that has no room for it stops nothing."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    line = json.dumps({"event": event, "time": now, **facts}) + "\n"
+    with contextlib.suppress(OSError), open(self.journal, "a") as file:
+      file.write(line)
+
+  def read_journal(self) -> list[dict[str, Any]]:
+    """Every event of the journal, in order."""
+    return list(_records(self.journal))
+
+  def read_rollbacks(self) -> list[dict[str, Any]]:
+    """The rollbacks of this run, in order; each has `skipped`, [first sequence, count].
+
+    Raises:
+      UserError: the file is damaged: which batches were left out is not known then.
+    """
+    if not os.path.isfile(self.rollbacks):
       return []
-    return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+    try:
+      found = json.loads(self.rollbacks.read_text())
+      if not all(isinstance(one["step"], int) and len(one["skipped"]) == 2
+                 and min(one["skipped"]) >= 0 for one in found):
+        raise ValueError
+      return found
+    except (OSError, ValueError, KeyError, TypeError) as error:
+      raise UserError(f"{self.rollbacks} is damaged, so it is not known which batches this run "
+                      "left out; bring back a copy, or start a new run with another "
+                      "--workdir") from error
+
+  def add_rollback(self, rollback: dict[str, Any]) -> None:
+    """Records a rollback. It has happened once this returns, whatever comes then."""
+    with _telling(self.rollbacks):
+      durable.write(self.rollbacks, json.dumps([*self.read_rollbacks(), rollback], indent=1))
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
-  """Writes a sibling, flushes it to disk, and renames it over `path`."""
-  partial = path.with_name(path.name + ".partial")
-  with open(partial, "w") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  partial.replace(path)
+@contextlib.contextmanager
+def _telling(path: pathlib.Path) -> Iterator[None]:
+  try:
+    yield
+  except OSError as error:
+    raise UserError(f"--workdir: {path} cannot be written ({error.strerror or error}); make room, "
+                    "or choose another place") from error
+
+
+def _records(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+  if not path.is_file():
+    return
+  with open(path, errors="replace") as file:
+    for line in file:
+      try:
+        record = json.loads(line)
+      except json.JSONDecodeError:  # Cut short by a crash.
+        continue
+      if isinstance(record, dict):
+        yield record

@@ -11,7 +11,7 @@ from chinchilla_jax import durations
 from chinchilla_jax.model import transformer
 from chinchilla_jax.model.placement import WHOLE, Placement, Rows
 from chinchilla_jax.parallel.layout import Layout
-from chinchilla_jax.training import loss
+from chinchilla_jax.training import loss, spikes
 from chinchilla_jax.training.optimizer import AdamW
 from chinchilla_jax.training.state import State
 
@@ -81,13 +81,14 @@ def make_train_step(experiment: schema.Experiment, optimizer: AdamW, layout: Lay
   """The step of one experiment: (state, batch) -> (state, metrics).
 
   Metrics are float32 scalars: `loss` (nats per token), `grad_norm`, `param_norm`,
-  `update_norm`, `learning_rate`, `targets` (weight of the batch), and the guard's
-  `nonfinite_run` and `nonfinite_total`.
+  `update_norm`, `learning_rate`, `targets` (weight of the batch), `spike` (1 where this step is
+  one), and the guard's `nonfinite_run`, `nonfinite_total` and `spike_total`.
 
   With a layout, state and batch lie on its mesh: jit it with the shardings of `Layout.state`.
 
   A non-finite loss or gradient leaves parameters and optimizer as they were; the guard
-  counts it.
+  counts it. So does a spike where `guard.spikes` is skip, under its own count; the learning rate
+  goes on. Else a spike's update is applied: what follows from it is the host's business.
   """
   root = jax.random.key(experiment.seed)
 
@@ -99,18 +100,25 @@ def make_train_step(experiment: schema.Experiment, optimizer: AdamW, layout: Lay
     if layout is not None:  # What is gathered has the dtype of the parameters, not the master's.
       params = layout.like_optimizer(params)
 
-    good = jnp.isfinite(nll) & jnp.isfinite(norms["grad_norm"])
+    mean = nll / jnp.maximum(weight, 1.0)
+    finite = jnp.isfinite(nll) & jnp.isfinite(norms["grad_norm"])
+    guard = state["guard"]
+    stats, is_spike = spikes.judge(
+        experiment.guard, guard, jnp.where(finite, mean, jnp.nan), norms["update_norm"],
+        norms["learning_rate"])
+    good = finite & ~is_spike if experiment.guard.spikes == "skip" else finite
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
-    skipped = jnp.where(good, 0, 1)
-    guard = {"nonfinite_run": jnp.where(good, 0, state["guard"]["nonfinite_run"] + 1),
-             "nonfinite_total": state["guard"]["nonfinite_total"] + skipped}
+    counts = {"nonfinite_run": jnp.where(finite, 0, guard["nonfinite_run"] + 1),
+              "nonfinite_total": guard["nonfinite_total"] + jnp.where(finite, 0, 1),
+              "spike_total": guard["spike_total"] + jnp.where(is_spike, 1, 0)}
     new_state = {
         "step": state["step"] + 1,
         "params": keep(params, state["params"]),
         "optimizer": keep(optimizer_state, state["optimizer"]),
-        "guard": guard,
+        "guard": counts | stats,
     }
-    metrics = {"loss": nll / jnp.maximum(weight, 1.0), "targets": weight, **norms, **guard}
+    metrics = {"loss": mean, "targets": weight, **norms, **counts,
+               "spike": is_spike.astype(jnp.float32)}
     return new_state, metrics
 
   return train_step

@@ -1,8 +1,8 @@
 """A trained model, as evaluation and generation see it: parameters, config, store."""
 
-import contextlib
 import dataclasses
 import os
+import sys
 from typing import Any
 
 import jax.numpy as jnp
@@ -42,27 +42,51 @@ def load(workdir: str | os.PathLike, step: int | None = None) -> Trained:
 
   Args:
     workdir: the run's folder.
-    step: of the checkpoint; None for the newest.
+    step: of the checkpoint; None for the newest that is whole.
 
   Raises:
-    UserError: no run, no such checkpoint, or the store is gone or is another one.
+    UserError: no run, no such checkpoint, none that is whole, or the store is gone or is another
+      one.
   """
   folder = RunFolder(workdir)
   experiment = folder.read_config()
-  if checkpoint.newest_step(folder.checkpoints) is None:
-    raise UserError(f"--workdir: {str(folder.path)!r} has no checkpoint yet; train it first")
-  with contextlib.closing(checkpoint.Checkpoints(folder.checkpoints)) as checkpoints:
-    steps = checkpoints.steps()
-    step = steps[-1] if step is None else step
-    if step not in steps:
-      raise UserError(f"--step: no checkpoint at step {step}; there are "
-                      f"{', '.join(map(str, steps))}")
+  step = _chosen(folder, step, experiment.checkpoint.verify)
+  fingerprints = checkpoint.progress(folder.checkpoints, step)["fingerprints"]
+  try:
     store = tokens.open_store(experiment.data.store, verify=experiment.data.verify)
-    if checkpoints.progress(step)["store_fingerprint"] != store.fingerprint:
-      raise UserError(f"config.data.store: {experiment.data.store} is not the store that "
-                      f"{folder.path} was trained on; prepare that one again")
-    experiment = dataclasses.replace(experiment, mesh=schema.Mesh())
-    layout = Layout(experiment, mesh.make(experiment.mesh))
-    wanted = transformer.abstract(experiment.model, jnp.dtype(experiment.precision.parameters))
-    params = checkpoints.restore(step, layout.placed({"params": wanted}))["params"]
+  except UserError as error:
+    raise UserError(f"{error} (if the run's store is elsewhere now, say so in data.store of "
+                    f"{folder.config})") from error
+  if fingerprints["store"] != store.fingerprint:
+    raise UserError(f"config.data.store: {experiment.data.store} is not the store that "
+                    f"{folder.path} was trained on; prepare that one again, or say in data.store "
+                    f"of {folder.config} where it is")
+  experiment = dataclasses.replace(experiment, mesh=schema.Mesh())
+  layout = Layout(experiment, mesh.make(experiment.mesh))
+  wanted = transformer.abstract(experiment.model, jnp.dtype(experiment.precision.parameters))
+  params = checkpoint.restore(folder.checkpoints, step, layout.placed({"params": wanted}))["params"]
   return Trained(experiment, store, step, layout, params)
+
+
+def _chosen(folder: RunFolder, step: int | None, verify: str) -> int:
+  """The step asked for, once its checkpoint is known to be whole; the newest such without one."""
+  steps = checkpoint.steps(folder.checkpoints)
+  if not steps:
+    raise UserError(f"--workdir: {str(folder.path)!r} has no checkpoint yet; train it first")
+  if step is None:
+    step, problems = checkpoint.newest_good(folder.checkpoints, verify)
+    if step is None:
+      raise UserError(f"--workdir: {str(folder.path)!r} has no checkpoint that is whole "
+                      f"({checkpoint.told(problems)}); bring back a copy")
+    for at, why in problems.items():
+      print(f"note: checkpoint {at:,} is damaged: {why}; using that of step {step:,}",
+            file=sys.stderr)
+    return step
+  if step not in steps:
+    raise UserError(f"--step: no checkpoint at step {step}; there are "
+                    f"{', '.join(map(str, steps))}")
+  if problem := checkpoint.problem(folder.checkpoints, step, verify):
+    others = ", ".join(str(other) for other in steps if other != step)
+    raise UserError(f"--step: the checkpoint of step {step} is damaged: {problem}; "
+                    + (f"choose another of {others}" if others else "bring back a copy"))
+  return step

@@ -1,5 +1,6 @@
 """Law 1: a batch is a function of (seed, first, count). Law 2: documents are told apart."""
 
+import itertools
 import threading
 import time
 
@@ -112,6 +113,44 @@ def test_batches_do_not_depend_on_how_they_are_cut(split, first, count, parts, s
   for pieces in ([data.batch(first + p * share, share) for p in range(parts)],
                  [data.batch(first + i, 1) for i in range(count)]):
     assert equal(whole, {key: np.concatenate([piece[key] for piece in pieces]) for key in whole})
+
+
+RANGES = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 12)), max_size=8)
+
+
+@settings(deadline=None)
+@given(skipped=RANGES, offset=st.sampled_from([0, 2**40]), first=st.integers(0, 60))
+def test_what_is_skipped_is_as_if_it_were_not_there(split, skipped, offset, first):
+  """Ranges come in any order, touch, overlap, and hold nothing."""
+  skipped = [(offset + start, count) for start, count in skipped]
+  out = {index for start, count in skipped for index in range(start, start + count)}
+  data = batching.Batches(split, seq_len=16, seed=1, skipped=skipped)
+  # Before the first range nothing is shifted: a plain list may begin right there.
+  kept = [index for index in range(offset, offset + 250) if index not in out]
+  assert data.actual(np.arange(offset, offset + 100)).tolist() == kept[:100]
+  assert data.actual(np.arange(20)).tolist() == (kept[:20] if offset == 0 else list(range(20)))
+  plain = batching.Batches(split, seq_len=16, seed=1)
+  whole = data.batch(offset + first, 6)
+  rows = [plain.batch(index, 1) for index in kept[first:first + 6]]
+  assert equal(whole, {key: np.concatenate([row[key] for row in rows]) for key in whole})
+  parts = [data.batch(offset + first + start, 2) for start in (0, 2, 4)]
+  assert equal(whole, {key: np.concatenate([part[key] for part in parts]) for key in whole})
+  merged = data.skipped
+  assert out == {index for start, count in merged for index in range(start, start + count)}
+  assert all(a + n < b for (a, n), (b, _) in itertools.pairwise(merged))
+
+
+def test_skipping_leaves_the_original_as_it_was(split):
+  data = batching.Batches(split, seq_len=16, seed=1)
+  before = data.batch(0, 8)
+  other = data.skipping([[2, 3], (0, 1)])
+  assert (data.skipped, other.skipped) == ((), ((0, 1), (2, 3)))
+  assert other.actual(np.arange(3)).tolist() == [1, 5, 6]
+  assert equal(data.batch(0, 8), before) and equal(other.skipping(()).batch(0, 8), before)
+  assert other.skipping(((1, 1),)).skipped == ((1, 1),)
+  for wrong in ((-1, 2), (3, -1)):
+    with pytest.raises(ValueError, match="cannot leave out"):
+      data.skipping([wrong])
 
 
 def test_shapes_that_do_not_fit_are_refused(split):

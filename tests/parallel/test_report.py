@@ -67,7 +67,7 @@ def test_counts_and_bytes_add_up(experiment, n_devices):
   assert totals["parameters"]["bytes"] == 2 * count
   assert totals["master"]["bytes"] == 4 * count
   assert totals["moments"]["bytes"] == 8 * count
-  assert totals["counters"]["bytes"] == 16
+  assert totals["counters"]["bytes"] == 40
   parts = [total for name, total in totals.items() if name != "state"]
   for key in ("bytes", "bytes_per_device", "bytes_on_all_devices", "replicated_bytes"):
     assert totals["state"][key] == sum(part[key] for part in parts)
@@ -221,7 +221,7 @@ def test_a_users_mistake_is_one_line_and_status_2(words, expected, capsys):
 def test_a_run_and_its_checkpoints(tiny_run, capsys):
   experiment, workdir = tiny_run
   status, text, _ = run(capsys, "--workdir", workdir, "--devices=2")
-  assert status == 0 and text.startswith(f"run {workdir}: 3 checkpoints\n")
+  assert status == 0 and text.startswith(f"run {workdir}: 3 checkpoints (checksums compared)\n")
   status, out, _ = run(capsys, "--workdir", workdir, "--devices=2", "--json")
   facts = json.loads(out)
   rows = facts["run"]["checkpoints"]

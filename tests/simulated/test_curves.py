@@ -6,13 +6,12 @@ agree within 1e-5 nats at every step (seen: 1e-6), and gradient norms within 1e-
 
 import functools
 import json
-import signal
 
 import eight
 import jax
 import numpy as np
 import pytest
-from tiny import with_fields
+from tiny import StopAfter, with_fields
 
 from chinchilla_jax import config_io
 from chinchilla_jax.errors import UserError
@@ -30,29 +29,11 @@ def base(tiny_store):
       evaluation__every="15 steps", checkpoint__every="15 steps", model__attention_block=16)
 
 
-class _StopAfter:
-  """Stands in for SIGTERM after some steps; the loop hears of it a step late."""
-
-  def __init__(self, steps):
-    self.left = steps - 2
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *unused):
-    pass
-
-  @property
-  def signal(self):
-    self.left -= 1
-    return signal.SIGTERM if self.left < 0 else None
-
-
 def train(experiment, workdir, stop=None, one_device=False):
   """Records of the whole run so far, by kind."""
   with pytest.MonkeyPatch.context() as patched:
     if stop:
-      patched.setattr(loop.guards, "Interrupt", lambda: _StopAfter(stop))
+      patched.setattr(loop, "Interrupt", lambda: StopAfter(stop - 2))
     if one_device:
       patched.setattr(loop.mesh_lib, "make",
                       functools.partial(mesh.make, devices=jax.devices()[:1]))

@@ -12,13 +12,13 @@ import time
 import jax
 import numpy as np
 import pytest
-from tiny import with_fields
+from tiny import StopAfter, with_fields
 
 from chinchilla_jax import config_io
-from chinchilla_jax.errors import UserError
+from chinchilla_jax.errors import AGAIN, UserError
 from chinchilla_jax.parallel import mesh
 from chinchilla_jax.parallel.layout import Layout
-from chinchilla_jax.training import checkpoint, loop, trained
+from chinchilla_jax.training import checkpoint, loop, start, trained
 from chinchilla_jax.training.run_folder import RunFolder
 
 EXACT = ("kind", "step", "tokens", "epoch", "flops_6nd", "loss", "grad_norm", "param_norm",
@@ -34,11 +34,7 @@ def state_of(experiment, workdir, step):
   made = loop.plan(experiment)
   layout = Layout(experiment, mesh.on_one())
   wanted = layout.placed(loop.state_lib.abstract(experiment.model, made.optimizer))
-  opened = checkpoint.Checkpoints(RunFolder(workdir).checkpoints)
-  try:
-    return opened.restore(step, wanted)
-  finally:
-    opened.close()
+  return checkpoint.restore(RunFolder(workdir).checkpoints, step, wanted, whole=True)
 
 
 def assert_same(a, b):
@@ -59,7 +55,7 @@ def test_a_run_leaves_what_it_promises(tiny_run):
   assert train[-1]["flops_6nd"] == 6 * n_params * 12 * 4 * 32
   assert train[-1]["epoch"] == round(12 * 4 / loop.plan(experiment).sequences.n_windows, 6)
   assert train[-1]["loss"] < train[0]["loss"]
-  assert checkpoint.newest_step(workdir / "checkpoints") == 12
+  assert checkpoint.newest_good(workdir / "checkpoints") == (12, {})
   saved = json.loads((workdir / "config.json").read_text())
   assert saved["versions"]["jax"] == jax.__version__
   assert config_io.load(str(workdir / "config.json")) == experiment
@@ -77,34 +73,15 @@ def test_keeps_the_newest_checkpoints_and_every_so_many(tiny, tmp_path):
   experiment = with_fields(tiny, checkpoint__every="2 steps", checkpoint__keep=2,
                            checkpoint__keep_every="6 steps", evaluation__every="0 steps")
   loop.train(experiment, tmp_path / "run")
-  opened = checkpoint.Checkpoints(tmp_path / "run/checkpoints")
-  assert opened.steps() == [6, 10, 12]
-  opened.close()
+  assert checkpoint.steps(tmp_path / "run/checkpoints") == [6, 10, 12]
 
 
-class _StopAfter:
-  """Stands in for Ctrl-C; the loop hears of it with the values of the step before."""
-
-  def __init__(self, steps):
-    self.left = steps
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *unused):
-    pass
-
-  @property
-  def signal(self):
-    self.left -= 1
-    return signal.SIGINT if self.left < 0 else None
-
-
-@pytest.mark.parametrize("stop", [2, 5, 6, 8])
-def test_a_stopped_run_goes_on_bit_for_bit(tiny_run, tmp_path, monkeypatch, stop):
+@pytest.mark.parametrize("signalled, stop", [(1, 2), (4, 4), (5, 6), (7, 8)])
+def test_a_stopped_run_goes_on_bit_for_bit(tiny_run, tmp_path, monkeypatch, signalled, stop):
+  """The signal is heard a step late, or at once at a step that saves."""
   experiment, uninterrupted = tiny_run
   with monkeypatch.context() as patched:
-    patched.setattr(loop.guards, "Interrupt", lambda: _StopAfter(stop - 2))
+    patched.setattr(loop, "Interrupt", lambda: StopAfter(signalled - 1))
     outcome = loop.train(experiment, tmp_path / "run")
   assert outcome.step == stop and outcome.signal == signal.SIGINT
   outcome = loop.train(experiment, tmp_path / "run")
@@ -158,8 +135,8 @@ def test_a_model_smaller_than_the_tokenizer_is_refused(tiny, tmp_path):
 
 def test_stops_after_too_many_non_finite_steps(tiny, tmp_path):
   experiment = with_fields(tiny, optimizer__peak_lr=1e38, optimizer__clip_norm=0.0,
-                           nonfinite_limit=3, run_length="40 steps", evaluation__every="0 steps",
-                           schedule__warmup="0 steps")
+                           guard__nonfinite_limit=3, run_length="40 steps",
+                           evaluation__every="0 steps", schedule__warmup="0 steps")
   with pytest.raises(UserError, match=r"3 steps in a row up to step \d+; the first.*sequences"):
     loop.train(experiment, tmp_path / "run")
 
@@ -187,14 +164,14 @@ def test_init_from_takes_the_master_copy(tiny_run, tmp_path):
   made = loop.plan(with_fields(experiment, **fields))
   folder = RunFolder(tmp_path / "run")
   layout = Layout(made.experiment, mesh.on_one())
-  state, step, notes = loop.starting_state(made, folder, None, layout)
+  state, note = start.state_of(made, folder, start.Start(0, False, ()), layout)
   source = state_of(experiment, workdir, 12)
-  assert step == 0 and "step 12" in notes[0]
+  assert "step 12" in note
   assert_same(state["optimizer"]["master"], source["optimizer"]["master"])
   assert_same(state["params"], source["params"])
   made = loop.plan(with_fields(experiment, precision__parameters="float32", **fields))
   layout = Layout(made.experiment, mesh.on_one())
-  state, _, _ = loop.starting_state(made, folder, None, layout)
+  state, _ = start.state_of(made, folder, start.Start(0, False, ()), layout)
   assert_same(state["params"], source["optimizer"]["master"])
 
 
@@ -215,7 +192,7 @@ def test_trained_loads_parameters_only(tiny_run):
     trained.load(workdir, 7)
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, AGAIN)])
 def test_a_real_signal_saves_and_says_how_to_go_on(tiny, tmp_path, number, status):
   """The console command, in a process of its own, stopped from outside."""
   experiment = with_fields(tiny, run_length="100000 steps", evaluation__every="0 steps",
@@ -238,5 +215,6 @@ def test_a_real_signal_saves_and_says_how_to_go_on(tiny, tmp_path, number, statu
   assert process.wait(timeout=120) == status, rest
   assert "saved at step" in rest and "the same command goes on" in rest
   assert "Traceback" not in rest
-  saved = checkpoint.newest_step(tmp_path / "run/checkpoints")
+  saved, problems = checkpoint.newest_good(tmp_path / "run/checkpoints")
+  assert not problems
   assert saved >= 3 and records(tmp_path / "run")[-1]["step"] == saved

@@ -97,7 +97,7 @@ def test_mfu_only_where_the_peak_is_known(sink, monkeypatch):
 
 
 def test_the_guard_names_the_first_bad_batch(sink):
-  record = recorder_of(sink, nonfinite_limit=3, seed=7)
+  record = recorder_of(sink, guard__nonfinite_limit=3, seed=7)
   for step, run in ((1, 0), (2, 1), (3, 2), (4, 3)):
     record.step(step, dict(VALUES, nonfinite_run=jnp.int32(run)))
   # Steps 2 to 4 were skipped; step 2 had sequences 4 to 7.

@@ -155,6 +155,94 @@ def test_a_non_finite_loss_changes_nothing_but_the_count(bad):
   assert after["optimizer"]["count"] == 1
 
 
+def nonsense(batch):
+  """Targets that nobody could expect."""
+  return dict(batch, targets_bt=np.full_like(batch["targets_bt"], 300))
+
+
+def assert_same_tree(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+def spiky(experiment, steps=40, at=30):
+  """States and metrics of every step of a run with one nonsensical batch, without a host sync."""
+  experiment = with_fields(experiment, guard__spike_window=10)
+  state, train_step = start(experiment)
+  states, metrics = [state], []
+  batches = {seed: learnable(experiment, seed) for seed in range(steps)}
+  batches[at] = nonsense(batches[at])
+  batches = jax.device_put(batches)
+  jax.block_until_ready(train_step(state, batches[0]))  # Compiled before nothing may be read.
+  with jax.transfer_guard("disallow"):
+    for seed in range(steps):
+      state, values = train_step(state, batches[seed])
+      states.append(state)
+      metrics.append(values)
+  return jax.device_get(states), jax.device_get(metrics)
+
+
+def test_a_spike_is_counted_and_applied_unless_it_is_to_be_skipped():
+  log, told = spiky(tiny_experiment())
+  assert [i for i, values in enumerate(told) if values["spike"]] == [30]
+  assert [int(values["spike_total"]) for values in told] == [0] * 30 + [1] * 10
+  assert told[0]["spike"].dtype == np.float32
+  assert not {"seen", "loss_mean", "loss_var", "update_mean", "update_var"} & told[0].keys()
+  assert log[31]["optimizer"]["count"] == 31
+
+  # Only said, it changes nothing: as if no threshold were in reach.
+  never, silent = spiky(with_fields(tiny_experiment(), guard__spike_threshold=1e9))
+  assert not any(values["spike"] for values in silent)
+  for one, other in zip(log, never, strict=True):
+    assert_same_tree([one[part] for part in ("step", "params", "optimizer")],
+                     [other[part] for part in ("step", "params", "optimizer")])
+  rollback, _ = spiky(with_fields(tiny_experiment(), guard__spikes="rollback"))
+  assert_same_tree(rollback, log)  # Going back is the loop's business.
+
+
+def test_a_skipped_spike_leaves_parameters_and_optimizer_as_they_were():
+  states, told = spiky(with_fields(tiny_experiment(), guard__spikes="skip"))
+  log, _ = spiky(tiny_experiment())
+  assert_same_tree(states[30], log[30])  # So far there was nothing to skip.
+  assert [i for i, values in enumerate(told) if values["spike"]] == [30]
+  for part in ("params", "optimizer"):
+    assert_same_tree(states[31][part], states[30][part])
+  assert states[31]["step"] == 31 and states[31]["guard"]["seen"] == 31
+  assert told[-1]["spike_total"] == 1 and told[-1]["nonfinite_total"] == 0
+  assert states[-1]["step"] == 40 and states[-1]["optimizer"]["count"] == 39
+  assert states[-1]["params"]["embedding"]["table"].tobytes() != (
+      states[30]["params"]["embedding"]["table"].tobytes())
+  # The batch after it was met as if the spike had not been.
+  assert told[31]["param_norm"] == told[30]["param_norm"]
+
+
+def test_only_the_policy_that_skips_selects_by_the_spike():
+  """The choice is made when the step is built: elsewhere, finiteness alone selects."""
+  def text(policy):
+    experiment = with_fields(tiny_experiment(), guard__spikes=policy)
+    state = state_lib.abstract(experiment.model, adamw_of(experiment))
+    batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batch_of(experiment)))
+    made = step.make_train_step(experiment, adamw_of(experiment))
+    return str(jax.make_jaxpr(made)(state, batch))
+
+  assert text("log") == text("rollback") != text("skip")
+  assert "callback" not in text("skip")  # Nothing of it asks the host.
+
+
+def test_a_non_finite_step_does_not_enter_the_estimate():
+  experiment = tiny_experiment()
+  state, train_step = start(experiment)
+  batch = batch_of(experiment)
+  state, _ = train_step(state, batch)
+  broken = dict(batch, weights_bt=batch["weights_bt"] * np.float32(np.nan))
+  after, metrics = train_step(state, broken)
+  assert metrics["spike"] == 0
+  counts = ("nonfinite_run", "nonfinite_total")
+  assert_same_tree({k: v for k, v in after["guard"].items() if k not in counts},
+                   {k: v for k, v in state["guard"].items() if k not in counts})
+
+
 def test_the_tree_of_the_train_state():
   """What a checkpoint holds. A change here breaks every checkpoint that exists."""
   experiment = tiny_experiment()
@@ -169,7 +257,10 @@ def test_the_tree_of_the_train_state():
       "blocks/feed_forward/w_out": (2, 64, 32), "blocks/feed_forward_norm/gain": (2, 32),
       "embedding/logit_bias": (512,), "embedding/table": (512, 32), "final_norm/gain": (32,)}
   want = {"step": ((), "int32"), "optimizer/count": ((), "int32"),
-          "guard/nonfinite_run": ((), "int32"), "guard/nonfinite_total": ((), "int32")}
+          "guard/nonfinite_run": ((), "int32"), "guard/nonfinite_total": ((), "int32"),
+          "guard/spike_total": ((), "int32"), "guard/seen": ((), "int32"),
+          "guard/loss_mean": ((), "float32"), "guard/loss_var": ((), "float32"),
+          "guard/update_mean": ((), "float32"), "guard/update_var": ((), "float32")}
   for name, shape in params.items():
     want[f"params/{name}"] = (shape, "bfloat16")
     for part in ("master", "mu", "nu"):

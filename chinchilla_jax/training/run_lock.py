@@ -1,0 +1,194 @@
+"""One process on a run's folder: a lock of the kernel, or a lease where there is none.
+
+The kernel's lock goes with its process, however that ends. File systems without locks (some
+network disks) get a lease instead: a file that its holder renews all the time, and that others may
+take over once it has stood still for as long as it is good. They measure that by their own clock,
+so no two clocks have to agree.
+"""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+from chinchilla_jax.errors import UserError
+from chinchilla_jax.training import durable
+
+FILE, LEASE = ".lock", "lease.json"
+SECONDS = 60.0  # That a lease is good for.
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_OTHER = "wait for it, stop it, or choose another --workdir"
+
+
+class KernelLock:
+  """Held until it is released or its process is gone. `folder` must be there.
+
+  Raises:
+    UserError: another process holds it; says which.
+    OSError: with an errno of `_NO_LOCKS`: this file system has no locks.
+  """
+
+  def __init__(self, folder: pathlib.Path):
+    self._path = folder / FILE
+    # Python's descriptors are not inherited by the programs that it starts.
+    self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      owner = _who(os.pread(self._file, 4096, 0))
+      os.close(self._file)
+      raise UserError(f"--workdir: {folder} is in use by {owner}; {_OTHER} (the kernel says that "
+                      "it lives, so --force does not help)") from None
+    except OSError:
+      os.close(self._file)
+      raise
+    os.ftruncate(self._file, 0)
+    os.pwrite(self._file, json.dumps(_me()).encode(), 0)
+
+  def check(self) -> None:
+    """Nobody takes this lock from a process that lives."""
+
+  def release(self) -> None:
+    os.close(self._file)  # The file stays: removing it would let two processes lock two files.
+
+
+class Lease:
+  """Held as long as it is renewed, which a thread of its own does.
+
+  Args:
+    folder: must be there.
+    force: take it over at once, whoever holds it.
+    seconds: that it is good for without being renewed.
+
+  Raises:
+    UserError: another process holds it, and renews it; says which.
+  """
+
+  def __init__(self, folder: pathlib.Path, force: bool = False, seconds: float = SECONDS):
+    self._path, self._seconds = folder / LEASE, seconds
+    self._id, self._count = uuid.uuid4().hex, 0
+    self._lost = ""  # By whom.
+    held = self._read()
+    if held and not force:
+      print(f"note: {folder} was last used by {_who(held)}; looking for {seconds:g} s whether it "
+            "still is", flush=True)
+      end = time.monotonic() + seconds
+      while (now := self._read()) == held and time.monotonic() < end:
+        time.sleep(seconds / 20)
+      if now and now != held:
+        raise UserError(f"--workdir: {folder} is in use by {_who(now)}; {_OTHER}, or take it over "
+                        "with --force")
+    self._write()
+    # Of several that write at once, the last one has it: all look again when all have written.
+    time.sleep(seconds / 10)
+    if self._owner() != self._id:
+      raise UserError(f"--workdir: {folder} was taken by {_who(self._read())} at the same moment; "
+                      f"{_OTHER}")
+    self._over = threading.Event()
+    self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+    self._thread.start()
+
+  def check(self) -> None:
+    """Call it before anything is written that another holder may not see changed.
+
+    Raises:
+      UserError: the lease has been taken over, or could not be renewed.
+    """
+    if not self._lost and self._owner() not in (self._id, None):
+      self._lost = _who(self._read())
+    if self._lost:
+      raise UserError(f"the lease on {self._path.parent} was lost to {self._lost}; this process "
+                      "stops, its checkpoints stand")
+
+  def release(self) -> None:
+    self._over.set()
+    self._thread.join()
+    if not self._lost and self._owner() == self._id:
+      with contextlib.suppress(OSError):
+        self._path.unlink()
+
+  def _renew(self) -> None:
+    renewed = time.monotonic()
+    while not self._over.wait(self._seconds / 3) and not self._lost:
+      try:
+        if self._owner() not in (self._id, None):
+          self._lost = _who(self._read())
+          return
+        # A process that was stopped for longer may find it free, but must not take it back.
+        if time.monotonic() - renewed < self._seconds:
+          self._write()
+          renewed = time.monotonic()
+      except OSError:
+        pass
+      if time.monotonic() - renewed >= self._seconds:
+        self._lost = "nobody: it could not be renewed in time"
+
+  def _write(self) -> None:
+    self._count += 1
+    durable.write(self._path, json.dumps(_me() | {"id": self._id, "renewals": self._count}),
+                  suffix=f".{self._id}")
+
+  def _read(self) -> bytes:
+    try:
+      return self._path.read_bytes()
+    except FileNotFoundError:
+      return b""
+
+  def _owner(self) -> str | None:
+    """The id in the file; None if there is none to be read."""
+    try:
+      return json.loads(self._read())["id"]
+    except (ValueError, KeyError, TypeError, OSError):
+      return None
+
+
+@contextlib.contextmanager
+def held(folder: pathlib.Path, force: bool = False) -> Iterator[KernelLock | Lease]:
+  """Holds a folder, which must be there, for this process.
+
+  Args:
+    folder: of a run.
+    force: take over a lease at once; of a kernel's lock it changes nothing.
+
+  Yields:
+    Something with `check()`, to be called before every save.
+
+  Raises:
+    UserError: another process holds it, or nothing can be written there.
+  """
+  try:
+    try:
+      lock: KernelLock | Lease = KernelLock(folder)
+    except OSError as error:
+      if error.errno not in _NO_LOCKS:
+        raise
+      lock = Lease(folder, force)
+  except OSError as error:
+    raise UserError(f"--workdir: {folder} cannot be written ({error.strerror}); choose another "
+                    "place") from error
+  try:
+    yield lock
+  finally:
+    lock.release()
+
+
+def _me() -> dict[str, Any]:
+  now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+  return {"host": socket.gethostname(), "pid": os.getpid(), "since": now}
+
+
+def _who(content: bytes) -> str:
+  try:
+    found = json.loads(content)
+    return f"process {found['pid']} on {found['host']} (since {found['since']})"
+  except (ValueError, KeyError, TypeError):
+    return "another process"
