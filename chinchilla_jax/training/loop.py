@@ -214,8 +214,10 @@ def leg(run: Run, begin: start.Start) -> Outcome:
     feed = stack.enter_context(contextlib.closing(batches.prefetch(
         functools.partial(device_batch, sequences, layout), requests, experiment.data.prefetch)))
     hang = experiment.guard.hang_after
+    note_hang = lambda text: folder.note("hung", step=record.done, why=text)
     watchdog = stack.enter_context(Watchdog(
-        hang, max(hang, _COMPILING), lambda: f"last completed step {record.done:,}"))
+        hang, max(hang, _COMPILING), lambda: f"last completed step {record.done:,}",
+        note_hang if processes.is_main() else lambda text: None))
     stack.enter_context(jax.transfer_guard("disallow"))
 
     def save() -> None:

@@ -26,6 +26,7 @@ from chinchilla_jax.training import durable
 FILE, LEASE = ".lock", "lease.json"
 SECONDS = 60.0  # That a lease is good for.
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_LATE = "nobody: it could not be renewed in time"
 _OTHER = "wait for it, stop it, or choose another --workdir"
 
 
@@ -39,26 +40,29 @@ class KernelLock:
 
   def __init__(self, folder: pathlib.Path):
     self._path = folder / FILE
-    # Python's descriptors are not inherited by the programs that it starts.
+    # Python's descriptors are not inherited by the programs that it starts; by forks they are.
     self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
       fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      os.ftruncate(self._file, 0)
+      os.pwrite(self._file, json.dumps(_me()).encode(), 0)
     except BlockingIOError:
       owner = _who(os.pread(self._file, 4096, 0))
-      os.close(self._file)
+      self.release()
       raise UserError(f"--workdir: {folder} is in use by {owner}; {_OTHER} (the kernel says that "
                       "it lives, so --force does not help)") from None
     except OSError:
-      os.close(self._file)
+      self.release()
       raise
-    os.ftruncate(self._file, 0)
-    os.pwrite(self._file, json.dumps(_me()).encode(), 0)
+    os.register_at_fork(after_in_child=self.release)  # The parent keeps it: it has its own.
 
   def check(self) -> None:
     """Nobody takes this lock from a process that lives."""
 
   def release(self) -> None:
-    os.close(self._file)  # The file stays: removing it would let two processes lock two files.
+    file, self._file = self._file, -1
+    if file >= 0:
+      os.close(file)  # The file stays: removing it would let two processes lock two files.
 
 
 class Lease:
@@ -76,7 +80,7 @@ class Lease:
   def __init__(self, folder: pathlib.Path, force: bool = False, seconds: float = SECONDS):
     self._path, self._seconds = folder / LEASE, seconds
     self._id, self._count = uuid.uuid4().hex, 0
-    self._lost = ""  # By whom.
+    self._lost = ""  # To whom.
     held = self._read()
     if held and not force:
       print(f"note: {folder} was last used by {_who(held)}; looking for {seconds:g} s whether it "
@@ -87,6 +91,7 @@ class Lease:
       if now and now != held:
         raise UserError(f"--workdir: {folder} is in use by {_who(now)}; {_OTHER}, or take it over "
                         "with --force")
+    self._renewed = time.monotonic()
     self._write()
     # Of several that write at once, the last one has it: all look again when all have written.
     time.sleep(seconds / 10)
@@ -103,6 +108,9 @@ class Lease:
     Raises:
       UserError: the lease has been taken over, or could not be renewed.
     """
+    # Its age comes first: it needs no file system, and after a sleep this may run before `_renew`.
+    if not self._lost and not self._good():
+      self._lost = _LATE
     if not self._lost and self._owner() not in (self._id, None):
       self._lost = _who(self._read())
     if self._lost:
@@ -116,21 +124,27 @@ class Lease:
       with contextlib.suppress(OSError):
         self._path.unlink()
 
+  def _good(self) -> bool:
+    return time.monotonic() - self._renewed < self._seconds
+
   def _renew(self) -> None:
-    renewed = time.monotonic()
     while not self._over.wait(self._seconds / 3) and not self._lost:
       try:
         if self._owner() not in (self._id, None):
           self._lost = _who(self._read())
           return
         # A process that was stopped for longer may find it free, but must not take it back.
-        if time.monotonic() - renewed < self._seconds:
+        if self._good():
+          started = time.monotonic()
           self._write()
-          renewed = time.monotonic()
+          if self._good():
+            self._renewed = started  # Others may have seen it from then on.
+          elif self._owner() == self._id:
+            self._path.unlink()  # That was too late: whoever has it by now writes it again.
       except OSError:
         pass
-      if time.monotonic() - renewed >= self._seconds:
-        self._lost = "nobody: it could not be renewed in time"
+      if not self._good():
+        self._lost = self._lost or _LATE
 
   def _write(self) -> None:
     self._count += 1

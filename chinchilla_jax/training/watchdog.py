@@ -1,8 +1,10 @@
 """Ends a process in which nothing happens any more: a hang costs as much as work does."""
 
+import contextlib
 import faulthandler
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -10,13 +12,15 @@ from collections.abc import Callable
 from chinchilla_jax.errors import AGAIN
 
 _TICKS = 20  # Looks within the time limit.
+_WORDS = 10.0  # Seconds that the last words may take: what hangs may be the place they go to.
 
 
 class Watchdog:
   """Prints all stacks and ends the process with AGAIN when `beat` has not been called for too long.
 
   Its own thread watches. It sees a main thread that waits in a collective, in a read, in a lock;
-  not one that never gives up Python's interpreter lock.
+  not one that never gives up Python's interpreter lock. Nothing that the last words meet, such as
+  a full pipe or a callback that raises or hangs, keeps the process from ending.
 
   Time is counted in the thread's own looks, so that neither a changed clock nor a process that
   was stopped or a laptop that slept looks like a hang.
@@ -30,7 +34,7 @@ class Watchdog:
       seconds: between two beats at most; 0: never ends anything.
       first_seconds: until the first beat at most.
       describe: what is known of the progress, such as "last completed step 1,204".
-      say: also gets the line that says what happened, for a journal; what it raises is ignored.
+      say: gets that line too, after the stacks, for a journal; what it raises is ignored.
     """
     self._seconds, self._first = seconds, first_seconds
     self._describe, self._say = describe, say
@@ -65,12 +69,32 @@ class Watchdog:
         self._end(silent)
 
   def _end(self, silent: float) -> None:
-    text = (f"no step for {silent:,.0f} s (config.guard.hang_after), {self._describe()}; the "
-            f"stacks follow, and this process ends with status {AGAIN}: run it again")
     try:
-      self._say(text)
-      print(f"chinchilla train: {text}", file=sys.stderr, flush=True)
-      sys.stdout.flush()
-      faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+      last = threading.Timer(_WORDS, os._exit, (AGAIN,))
+      last.daemon = True
+      last.start()
+      try:
+        progress = self._describe()
+      except Exception as error:
+        progress = f"progress unknown ({error!r})"
+      text = (f"no step for {silent:,.0f} s (config.guard.hang_after), {progress}; the "
+              f"stacks follow, and this process ends with status {AGAIN}: run it again")
+      # Not through sys.stderr: the thread that hangs may hold its lock.
+      with contextlib.suppress(Exception):
+        os.write(2, f"chinchilla train: {text}\n".encode())
+        os.write(2, _stacks())
+      with contextlib.suppress(Exception):
+        self._say(text)
+      with contextlib.suppress(Exception):
+        sys.stdout.flush()
     finally:
       os._exit(AGAIN)
+
+
+def _stacks() -> bytes:
+  """Of all threads. In memory first: faulthandler would wait for a full pipe with Python locked."""
+  memory = hasattr(os, "memfd_create")
+  with open(os.memfd_create("stacks"), "w+b") if memory else tempfile.TemporaryFile() as file:
+    faulthandler.dump_traceback(file, all_threads=True)
+    file.seek(0)
+    return file.read()

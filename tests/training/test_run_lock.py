@@ -34,6 +34,34 @@ except UserError as error:
 """
 
 
+HANGS = """
+import pathlib, sys, threading
+from chinchilla_jax.errors import UserError
+from chinchilla_jax.training import run_lock
+folder = pathlib.Path(sys.argv[1])
+hanging, go, landed = threading.Event(), threading.Event(), threading.Event()
+lock, write = {start}, run_lock.durable.write
+def late(*args, **named):
+  hanging.set()
+  go.wait()
+  write(*args, **named)
+  landed.set()
+run_lock.durable.write = late
+hanging.wait()
+print("hangs", flush=True)
+sys.stdin.readline()
+go.set()
+landed.wait()
+print("landed", flush=True)
+try:
+  lock.check()
+  print("checked", flush=True)
+except UserError as error:
+  print(error, flush=True)
+lock.release()
+"""
+
+
 def start(lock, folder, *words):
   return subprocess.Popen(
       [sys.executable, "-c", PROGRAM.format(lock=lock), str(folder), *words], text=True,
@@ -63,6 +91,13 @@ def last_word(process) -> str:
   """What it says about the lock, after the note that it is looking."""
   line = process.stdout.readline()
   return process.stdout.readline() if line.startswith("note: ") else line
+
+
+def content_of(path) -> str:
+  try:
+    return path.read_text()
+  except FileNotFoundError:
+    return ""
 
 
 def the_lock_of(holder):
@@ -114,6 +149,26 @@ def test_the_kernel_s_lock_is_not_inherited(tmp_path):
     os.kill(child, signal.SIGKILL)
 
 
+def test_the_kernel_s_lock_is_not_kept_by_a_fork(tmp_path):
+  program = ("import os, pathlib, sys, time\n"
+             "from chinchilla_jax.training import run_lock\n"
+             "lock = run_lock.KernelLock(pathlib.Path(sys.argv[1]))\n"
+             "if not os.fork(): print(os.getpid(), flush=True)\n"
+             "time.sleep(60)\n")
+  process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], text=True,
+                             stdout=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=str(ROOT)))
+  child = int(process.stdout.readline())
+  try:
+    with pytest.raises(UserError, match=f"process {process.pid} "):
+      run_lock.KernelLock(tmp_path)  # The fork has not let go of what its parent holds.
+    process.kill()
+    process.wait()
+    run_lock.KernelLock(tmp_path).release()
+  finally:
+    process.kill()
+    os.kill(child, signal.SIGKILL)
+
+
 @leased
 def test_force_takes_it_and_the_old_holder_stops(holder, tmp_path):
   second = start(LEASED, tmp_path, "force")
@@ -147,6 +202,43 @@ def test_a_holder_that_slept_does_not_take_a_free_one_back(holder, tmp_path):
   time.sleep(LEASE)
   assert not (tmp_path / run_lock.LEASE).exists()
   assert "was lost to nobody" in ask(holder)
+
+
+def test_check_knows_the_age_before_the_renewing_thread_runs(tmp_path):
+  """As right after a sleep in which another process had the lease and gave it back."""
+  lock = run_lock.Lease(tmp_path, seconds=0.5)
+  lock._over.set()
+  lock._thread.join()
+  (tmp_path / run_lock.LEASE).unlink(missing_ok=True)
+  time.sleep(0.6)
+  with pytest.raises(UserError, match="could not be renewed in time"):
+    lock.check()
+
+
+def test_a_write_that_hung_takes_nothing_back(tmp_path):
+  """Storage holds up a renewal, another takes over, then the renewal lands after all."""
+  hung = HANGS.format(start=f"run_lock.Lease(folder, seconds={LEASE})")
+  first = subprocess.Popen([sys.executable, "-c", hung, str(tmp_path)], text=True,
+                           stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                           env=dict(os.environ, PYTHONPATH=str(ROOT)))
+  second = None
+  try:
+    assert first.stdout.readline() == "hangs\n"
+    second = start(LEASED, tmp_path)
+    assert last_word(second) == "held\n"
+    first.stdin.write("go on\n")
+    first.stdin.flush()
+    assert first.stdout.readline() == "landed\n"
+    assert "was lost to" in first.stdout.readline()
+    # What landed too late goes away again, or the second one would stop as well.
+    end = time.monotonic() + 20
+    while f'"pid": {first.pid},' in content_of(tmp_path / run_lock.LEASE):
+      assert time.monotonic() < end
+      time.sleep(0.05)
+  finally:
+    for process in filter(None, (first, second)):
+      process.kill()
+      process.wait()
 
 
 def test_of_many_that_come_at_once_one_gets_it(tmp_path):

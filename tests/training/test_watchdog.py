@@ -59,6 +59,36 @@ def test_the_first_beat_has_longer():
   assert process.wait(timeout=25) == AGAIN
 
 
+@pytest.mark.parametrize("words", [
+    "lambda: 1 / 0", "lambda: 'x', lambda text: 1 / 0", "lambda: 'x', lambda text: stuck(600)"],
+    ids=["describe raises", "say raises", "say hangs"])
+def test_no_callback_keeps_it_from_ending(words):
+  program = PROGRAM.format(body="stuck(600)", seconds=1.0, first=1.0)
+  program = program.replace('lambda: "last completed step 7"', words)
+  process = subprocess.Popen([sys.executable, "-c", program], text=True, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=str(ROOT)))
+  try:
+    _, err = process.communicate(timeout=60)
+  finally:
+    process.kill()
+  assert process.returncode == AGAIN and "in stuck" in err
+
+
+def test_a_reader_that_stopped_reading_does_not_keep_it_from_ending():
+  """The main thread hangs in a write to stderr, and the last words cannot be written either."""
+  reading, writing = os.pipe()
+  body = "while True: print('y' * 1000, file=sys.stderr)"
+  process = subprocess.Popen(
+      [sys.executable, "-c", PROGRAM.format(body=body, seconds=1.0, first=1.0)],
+      stdout=subprocess.DEVNULL, stderr=writing, env=dict(os.environ, PYTHONPATH=str(ROOT)))
+  os.close(writing)
+  try:
+    assert process.wait(timeout=60) == AGAIN
+  finally:
+    process.kill()
+    os.close(reading)
+
+
 def test_off():
   assert start("time.sleep(2)", seconds=0, first=0.5).wait(timeout=60) == 0
 
