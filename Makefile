@@ -1,5 +1,6 @@
 # make smoke   set up and run the main job (about five minutes on two cores)
 # make test    set up and run lint and tests (with the TPU compiler, about 150 MB to download)
+# make test-slurm   jobs on a real SLURM of one node (as root on Debian, whose packages it installs)
 # PYTHON=...   the interpreter to use; any of 3.11, 3.12, 3.13
 
 VENV := .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 # Extra flags of the training command, such as SMOKE_FLAGS=--config.run_length='100 steps'.
 SMOKE_FLAGS ?=
 
-.PHONY: setup smoke test lint clean
+.PHONY: setup smoke test test-slurm lint clean
 
 setup: $(VENV)/installed
 
@@ -44,8 +45,11 @@ $(VENV)/compiler: $(VENV)/installed
 
 # Twice: on one device, and what needs several on eight simulated ones.
 test: lint $(VENV)/compiler
-	JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/compiler $(BIN)/python -m pytest --ignore=tests/simulated
+	PATH="$(CURDIR)/$(BIN):$$PATH" JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/compiler $(BIN)/python -m pytest --ignore=tests/simulated
 	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8 $(BIN)/python -m pytest tests/simulated
+
+test-slurm: setup
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/launch -m "slurm and not long"
 
 clean:
 	rm -rf $(VENV) runs stores build *.egg-info

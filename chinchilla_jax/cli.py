@@ -1,7 +1,7 @@
 """The command line. A command's module is imported only when the command is asked for.
 
-Exit status: 0 done; 2 something the user can mend (one line on stderr says what);
-130 and 143 ended by Ctrl-C and SIGTERM, saved, the same command goes on.
+Exit status: 0 done; 2 something the user can mend (one line on stderr says what); 75 preempted
+(SIGTERM, saved) or hung, run the same command again; 130 ended by Ctrl-C, saved.
 """
 
 import argparse
@@ -18,9 +18,11 @@ COMMANDS = {
     "prepare": "turn text into a tokenizer and a token store",
     "compile": "memory, collectives and least time of a step on devices that are not here",
     "train": "train a model; run again to resume",
+    "sweep": "train a family of models, here or on a cluster; run again to resume",
     "evaluate": "bits per byte of a checkpoint on held-out text",
     "generate": "text from a checkpoint",
     "inspect": "what is in a config, a run or a token store",
+    "report": "one page with the curves and figures of these runs",
 }
 
 _CONFIG_HELP = """\

@@ -236,6 +236,10 @@ class Evaluation:
       kind="observation", at_least=0)
   batch: int = setting(0, "sequences per evaluation batch; 0: as in training", unit="sequences",
                        kind="layout", at_least=0)
+  sample_tokens: int = setting(
+      0, "length of a text that is generated at every evaluation and kept in the log; 0: none; "
+      "with one process only", unit="pieces", kind="observation", at_least=0)
+  sample_prompt: str = setting("", "how that text begins", kind="observation")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,6 @@ import ast
 import dataclasses
 import difflib
 import hashlib
-import importlib.machinery
-import importlib.util
 import json
 import os
 import pathlib
@@ -21,7 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from chinchilla_jax import config as schema
-from chinchilla_jax import durations
+from chinchilla_jax import config_file, durations
 from chinchilla_jax.errors import UserError
 
 _LARGEST = 2**31 - 1  # of whole numbers: sizes and counts are int32 on devices
@@ -129,38 +127,14 @@ def _load_file(config: str) -> dict[str, Any]:
   return tree
 
 
-class _Loader(importlib.machinery.SourceFileLoader):
-  """Leaves no __pycache__ beside the user's file, where a stale one could be taken for it."""
-
-  def set_data(self, path, data, *, _mode=0o666):
-    pass
-
-
 def _run_config_file(file: pathlib.Path, argument: str | None):
-  """What the file's get_config returns. A config file is a program by design: only run your own."""
-  path = str(file.absolute())
-  spec = importlib.util.spec_from_file_location(
-      f"config_{file.stem}", path, loader=_Loader(f"config_{file.stem}", path))
-  module = importlib.util.module_from_spec(spec)
-  try:
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, "get_config", None)):
-      raise UserError(f"--config: {file} has no get_config function; write def get_config(), which "
-                      "returns a ConfigDict")
+  """What the file's get_config returns."""
+  module = config_file.run(file)
+  if not callable(getattr(module, "get_config", None)):
+    raise UserError(f"--config: {file} has no get_config function; write def get_config(), which "
+                    "returns a ConfigDict")
+  with config_file.telling(file):
     result = module.get_config() if argument is None else module.get_config(argument)
-  except UserError:
-    raise
-  except (Exception, SystemExit) as error:  # The file is the user's; say where, in one line.
-    line = error.lineno if isinstance(error, SyntaxError) and error.filename == path else None
-    trace = error.__traceback__
-    while trace is not None:
-      if trace.tb_frame.f_code.co_filename == path:
-        line = trace.tb_lineno
-      trace = trace.tb_next
-    where = f"{file}, line {line}" if line else str(file)
-    message = str(error.args[0] if error.args else error).splitlines() or [""]
-    raise UserError(f"--config: {where}: {type(error).__name__}: {message[0]}; mend the file, or "
-                    "give another") from None
   if not hasattr(result, "to_dict") and not isinstance(result, dict):
     raise UserError(f"--config: get_config of {file} returns {type(result).__name__}, not a "
                     "ConfigDict; start from chinchilla_jax.config_io.default_config()")

@@ -240,7 +240,7 @@ MODULES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "she
 CALLS = {"eval", "exec", "compile", "__import__", "exec_module", "load_module", "run_path",
          "run_module", "execfile", "system", "popen", "literal_eval_unsafe"}
 ALLOWED = {  # (module, what): why it is no danger
-    ("config_io", "exec_module"): "a Python config file, which is a program by design",
+    ("config_file", "exec_module"): "a Python config file, which is a program by design",
 }
 
 

@@ -3,12 +3,13 @@
 import functools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from chinchilla_jax import config as schema
 from chinchilla_jax.errors import UserError
 from chinchilla_jax.inference import sampling
 from chinchilla_jax.model import transformer
@@ -84,15 +85,8 @@ def _pieces(model: Trained, ids: np.ndarray, max_tokens: int, temperature: float
   tokenizer, config = model.store.tokenizer, model.experiment.model
   dtype = jnp.dtype(model.experiment.precision.activations)
   cache = transformer.init_cache(config, 1, len(ids) + max_tokens, dtype)
-
-  @functools.partial(jax.jit, donate_argnums=1)
-  def advance(tokens_bt, cache, params, key):
-    logits_btv, cache = transformer.decode(config, params, tokens_bt, cache, dtype,
-                                           context=model.experiment.data.seq_len)
-    # Rows of the embedding that stand for no piece are never chosen.
-    logits_bv = logits_btv[:, -1, :tokenizer.vocab_size]
-    return sampling.sample(logits_bv, key, temperature, top_k, top_p), cache
-
+  advance = _advance(config, dtype, model.experiment.data.seq_len, tokenizer.vocab_size,
+                     temperature, top_k, top_p)
   root = jax.random.key(seed)
   tokens_bt = jnp.asarray(ids)[None, :]
   for index in range(max_tokens):
@@ -102,3 +96,18 @@ def _pieces(model: Trained, ids: np.ndarray, max_tokens: int, temperature: float
       return
     yield token
     tokens_bt = token_b[:, None]
+
+
+@functools.lru_cache(maxsize=4)  # Compiled once for all texts that a run samples.
+def _advance(config: schema.Model, dtype: jnp.dtype, context: int, pieces: int, temperature: float,
+             top_k: int, top_p: float) -> Callable[..., tuple[jax.Array, dict]]:
+  """(tokens_bt, cache, params, key) -> (the next piece of each text, cache)."""
+
+  @functools.partial(jax.jit, donate_argnums=1)
+  def advance(tokens_bt, cache, params, key):
+    logits_btv, cache = transformer.decode(config, params, tokens_bt, cache, dtype,
+                                           context=context)
+    # Rows of the embedding that stand for no piece are never chosen.
+    return sampling.sample(logits_btv[:, -1, :pieces], key, temperature, top_k, top_p), cache
+
+  return advance

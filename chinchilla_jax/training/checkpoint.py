@@ -27,7 +27,7 @@ from chinchilla_jax.training import run_folder, seals
 
 PARTIAL = ".partial"
 ASIDE = "aside"
-DUTIES = ("evaluation",)  # What can be owed.
+DUTIES = ("evaluation", "sample")  # What can be owed.
 
 # What progress.json must hold to be of use here, by dotted name.
 _FIELDS = {"step": int, "tokens": int, "owed": list, "skipped": list, "config": dict,

@@ -27,6 +27,7 @@ class Interrupt:
 
   def _handle(self, number, frame) -> None:
     del frame
-    if self.signal is not None:
+    # A second SIGTERM says nothing new: schedulers send it to every process that they see.
+    if self.signal is not None and number == signal.SIGINT:
       raise KeyboardInterrupt
     self.signal = signal.Signals(number)

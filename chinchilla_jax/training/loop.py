@@ -16,6 +16,7 @@ from chinchilla_jax import config_io, durations
 from chinchilla_jax.data import address, batches, tokens
 from chinchilla_jax.errors import UserError
 from chinchilla_jax.evaluation import held_out
+from chinchilla_jax.inference import generate
 from chinchilla_jax.model import shapes
 from chinchilla_jax.parallel import mesh as mesh_lib
 from chinchilla_jax.parallel import processes
@@ -30,6 +31,7 @@ from chinchilla_jax.training import (
     saving,
     schedule,
     start,
+    trained,
 )
 from chinchilla_jax.training import state as state_lib
 from chinchilla_jax.training import step as step_lib
@@ -128,6 +130,9 @@ def train(experiment: schema.Experiment, workdir: str | os.PathLike,
   mesh = mesh_lib.make(experiment.mesh)
   refuse(experiment, mesh.shape)
   layout = Layout(experiment, mesh)
+  if experiment.evaluation.sample_tokens and processes.count() > 1:
+    raise UserError("config.evaluation.sample_tokens: texts are sampled with one process only; set "
+                    "it to 0, and use `chinchilla generate` on the checkpoints")
   # Both say what they cannot do before anything is written.
   step, evaluate = jit_step(made, layout), held_out.HeldOut(experiment, made.store, layout)
   where = checkpoint.surroundings(mesh_lib.shape_text(mesh), experiment.mesh.strategy)
@@ -231,19 +236,33 @@ def leg(run: Run, begin: start.Start) -> Outcome:
 
     def pay() -> None:
       """Does what belongs to this step, unless a signal comes."""
-      while owed:
-        assert owed[0] == "evaluation"
-        record.pause()
+      record.pause()
+      while owed and not record.stop_signal:
         try:
-          result = run.evaluate(state["params"], watchdog.beat, run.ballot)
+          do = {"evaluation": evaluation, "sample": sample}[owed[0]]
+          record.event({"step": step, **do()})
+          owed.pop(0)
         except held_out.Stopped as stopped:
           record.stop_signal = stopped.signal
-          return
-        record.event({"kind": "eval", "step": step, "loss": result.loss,
-                      "bits_per_byte": result.bits_per_byte, "targets": result.targets,
-                      "bytes": result.bytes})
-        record.resume()
-        owed.pop(0)
+      record.resume()
+
+    def evaluation() -> dict[str, Any]:
+      result = run.evaluate(state["params"], watchdog.beat, run.ballot)
+      return {"kind": "eval", "loss": result.loss, "bits_per_byte": result.bits_per_byte,
+              "targets": result.targets, "bytes": result.bytes}
+
+    def sample() -> dict[str, Any]:
+      prompt, ids = experiment.evaluation.sample_prompt, []
+      model = trained.Trained(experiment, made.store, step, layout, state["params"])
+      with jax.transfer_guard("allow"):  # Every piece goes to the host.
+        for token in generate.generate(
+            model, prompt, max_tokens=experiment.evaluation.sample_tokens):
+          ids.append(token)
+          watchdog.beat()
+          if signal := run.ballot():
+            raise held_out.Stopped(signal)
+      text = made.store.tokenizer.decode_bytes(ids).decode(errors="replace")
+      return {"kind": "sample", "prompt": prompt, "text": text}
 
     # -------------------------------------------------------------- Train
     pay()  # What a stop or a crash came before.
@@ -262,7 +281,7 @@ def leg(run: Run, begin: start.Start) -> Outcome:
       if record.rollback:
         break
       if evaluates:
-        owed.append("evaluation")
+        owed += ["evaluation", "sample"][:1 + bool(experiment.evaluation.sample_tokens)]
       if saves or record.stop_signal:
         save()
       if record.stop_signal:

@@ -57,6 +57,9 @@ class TensorBoard:
     self._writer = tensorboardX.SummaryWriter(str(path), purge_step=step + 1)
 
   def write(self, record: Record) -> None:
+    if record["kind"] == "sample":
+      self._writer.add_text("sample", record["prompt"] + record["text"], record["step"])
+      return
     for name, value in record.items():
       if isinstance(value, (int, float)) and name != "step":
         self._writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
@@ -119,6 +122,10 @@ class Console:
     if record["kind"] == "eval":
       self.print(f"step {record['step']:,}  validation {record['loss']:.4f} nats/token  "
                  f"{record['bits_per_byte']:.4f} bits/byte")
+      return
+    if record["kind"] == "sample":
+      text = (record["prompt"] + record["text"]).replace("\n", " ")
+      self.print(f"step {record['step']:,}  sample: {text[:100]}")
       return
     if record["kind"] == "trouble":
       self.print(f"step {record['step']:,}  {record['text']}")

@@ -115,7 +115,8 @@ def _trained_on(made: "Plan", step: int, before: Ranges, skipped: Ranges) -> boo
 def done(folder: RunFolder, step: int) -> list[str]:
   """Duties of a step whose outcome is in the log."""
   kinds = {record.get("kind") for record in folder.read_metrics() if record.get("step") == step}
-  return [duty for duty, kind in (("evaluation", "eval"),) if kind in kinds]
+  return [duty for duty, kind in (("evaluation", "eval"), ("sample", "sample"))
+          if kind in kinds]
 
 
 def set_aside(folder: RunFolder, aside: Sequence[tuple[int, str, str]]) -> list[str]:

@@ -17,7 +17,8 @@ from chinchilla_jax.training.run_folder import RunFolder
 
 # Fields of a record that do not depend on the clock.
 EXACT = ("kind", "step", "tokens", "epoch", "flops_6nd", "loss", "grad_norm", "param_norm",
-         "update_norm", "learning_rate", "targets", "bits_per_byte", "what", "batch")
+         "update_norm", "learning_rate", "targets", "bits_per_byte", "what", "batch",
+         "prompt", "text")
 
 
 def start(experiment, workdir, prelude="", flags=(), **environ) -> subprocess.Popen:

@@ -3,6 +3,8 @@
 import signal
 import time
 
+from tiny import with_fields
+
 from chinchilla_jax.errors import AGAIN
 from chinchilla_jax.training import checkpoint
 from chinchilla_jax.training.run_folder import RunFolder
@@ -67,6 +69,32 @@ processes.vote = vote
   status, text = run(tiny, workdir)
   assert status == 0, text
   assert_same_run(workdir, whole, 12)
+
+
+def test_a_sample_is_owed_too(tiny, tmp_path):
+  """Texts at steps 6 and 12; the first is cut short by SIGTERM at its third piece."""
+  sampled = with_fields(tiny, evaluation__sample_tokens=8, evaluation__sample_prompt="import ")
+  status, text = run(sampled, tmp_path / "whole")
+  assert status == 0 and "sample: import " in text, text
+  lines = [r for r in records(tmp_path / "whole") if r["kind"] == "sample"]
+  assert [r["step"] for r in lines] == [6, 12] and all(r["text"] for r in lines)
+  stop = """
+import os, signal
+from chinchilla_jax.inference import generate
+_generate = generate.generate
+def cut(*args, **kwargs):
+  for index, token in enumerate(_generate(*args, **kwargs)):
+    if index == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
+    yield token
+generate.generate = cut
+"""
+  status, text = run(sampled, tmp_path / "run", stop)
+  assert status == AGAIN and "saved at step 6" in text, text
+  assert checkpoint.progress(tmp_path / "run/checkpoints", 6)["owed"] == ["sample"]
+  status, text = run(sampled, tmp_path / "run")
+  assert status == 0, text
+  assert_same_run(tmp_path / "run", tmp_path / "whole", 12)
 
 
 def test_a_signal_during_an_evaluation_is_not_kept_waiting(tiny, tiny_run, tmp_path):

@@ -65,9 +65,9 @@ def storm(store, tmp_path, steps, kills, seed) -> collections.Counter:
   # A save is under way half of the time, and a few evaluations take as long as many steps.
   experiment = with_fields(
       tiny_experiment(store), run_length=f"{steps} steps", checkpoint__every="3 steps",
-      evaluation__every="5 steps", evaluation__max_tokens=3000, evaluation__batch=1)
+      evaluation__every="5 steps", evaluation__max_tokens=1500, evaluation__batch=1)
   whole, killed = tmp_path / "whole", tmp_path / "killed"
-  status, text = finish(start(experiment, whole))
+  status, text = finish(start(experiment, whole), timeout=1200)
   assert status == 0, text
   chance, died = random.Random(seed), collections.Counter()
   path = tmp_path / "phase"
@@ -82,7 +82,7 @@ def storm(store, tmp_path, steps, kills, seed) -> collections.Counter:
     else:
       assert died.total() >= len(PHASES), text
       break  # It is complete.
-  status, text = finish(start(experiment, killed))
+  status, text = finish(start(experiment, killed), timeout=1200)
   assert status == 0, text
   assert_same_run(killed, whole, steps)
   leftovers = [name for name in os.listdir(killed / "checkpoints") if not name.isdecimal()]
@@ -99,5 +99,5 @@ def test_killed_in_every_phase(tiny_store, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [1, 2])
 def test_killed_thirty_times(tiny_store, tmp_path, seed):
-  died = storm(tiny_store, tmp_path, steps=1200, kills=30, seed=seed)
+  died = storm(tiny_store, tmp_path, steps=600, kills=30, seed=seed)
   assert died.total() >= 25 and set(died) == set(PHASES)

@@ -1,0 +1,1 @@
+"""Many runs: families of them, what came of them, and the page to look at."""
