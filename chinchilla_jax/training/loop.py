@@ -236,7 +236,8 @@ def leg(run: Run, begin: start.Start) -> Outcome:
 
     def pay() -> None:
       """Does what belongs to this step, unless a signal comes."""
-      record.pause()
+      if owed:
+        record.pause()
       while owed and not record.stop_signal:
         try:
           do = {"evaluation": evaluation, "sample": sample}[owed[0]]
@@ -244,7 +245,7 @@ def leg(run: Run, begin: start.Start) -> Outcome:
           owed.pop(0)
         except held_out.Stopped as stopped:
           record.stop_signal = stopped.signal
-      record.resume()
+        record.resume()
 
     def evaluation() -> dict[str, Any]:
       result = run.evaluate(state["params"], watchdog.beat, run.ballot)

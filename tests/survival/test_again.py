@@ -165,7 +165,7 @@ def batch(self, first, count):
 batches.Batches.batch = batch
 """
   workdir = tmp_path / "run"
-  status, text = run(tiny, workdir, hang, ["--config.guard.hang_after=3"])
+  status, text = run(tiny, workdir, hang, ["--config.guard.hang_after=12"])
   assert status == AGAIN, text
   assert "a_disk_that_never_answers" in text and "last completed step 8" in text, text
   status, text = run(tiny, workdir)
