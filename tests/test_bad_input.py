@@ -153,6 +153,17 @@ case("slices of nothing", "compile --slices=2", r"--slices", r"with --topology")
 case("no sequences", "compile --sequences=0", r"--sequences: got 0", r"at least 1")
 case("program into no folder", "compile --topology=v4:2x2x1 --hlo=nowhere/x.hlo",
      r"--hlo: .*nowhere", r"make|choose")
+case("report nothing", "report", r"required: RUN", r"--help")
+case("report what is not there", "report nowhere", r"'nowhere' does not exist",
+     r"give the folder that `chinchilla train` wrote")
+case("report into a folder that is not there", "report nowhere --out=x/y/z.html",
+     r"--out: there is no folder 'x/y'", r"make it, or choose another place")
+case("sweep nothing", "sweep", r"no config file given", r"give --config=FILE")
+case("sweep a folder that is none", "sweep --workdir=nowhere", r"is not a sweep's folder",
+     r"give the folder that `chinchilla sweep` wrote, or --config")
+case("sweep a config that is one run", "sweep --config=one.py", r"one.py has no sweep function",
+     r"write def sweep\(\)",
+     lambda room: room.write("one.py", "def get_config(): return {}\n"))
 
 # -------------------------------------------------------------------- Config files
 
