@@ -112,7 +112,7 @@ def train(experiment: schema.Experiment, workdir: str | os.PathLike,
   """Trains to the end of the run, from the newest good checkpoint in `workdir` if there is one.
 
   Ctrl-C and SIGTERM save and return early; the same call goes on from there. With several
-  processes (`processes.start` comes first) all of them call this; process 0 writes the logs.
+  processes (`joining.start` comes first) all of them call this; process 0 writes the logs.
 
   Args:
     experiment: the run.

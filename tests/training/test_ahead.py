@@ -2,8 +2,8 @@
 
 import importlib.util
 import json
-import resource
 
+import peak
 import pytest
 from tiny import tiny_experiment, with_fields
 
@@ -67,11 +67,11 @@ def test_out_of_memory_says_by_how_much_and_what_helps(capsys):
 
 @pytest.mark.tpu_topology
 @needs_libtpu
-def test_chinchilla_70b_fits_the_slice_that_its_config_names(capsys):
+def test_chinchilla_70b_fits_the_slice_that_its_config_names():
   """The paper's batch on 1,024 v4 chips; nothing of that size is ever allocated."""
-  assert cli.main(["compile", "--config=configs/chinchilla.py:70b", "--topology=v4:8x8x16",
-                   "--sequences=768", "--json"]) == 0
-  facts = json.loads(capsys.readouterr().out)
+  printed, peak_bytes = peak.of_command("compile", "--config=configs/chinchilla.py:70b",
+                                        "--topology=v4:8x8x16", "--sequences=768", "--json")
+  facts = json.loads(printed)
   memory = facts["memory"]
   # bfloat16 over tensor 16; float32 over tensor and data: 1,024.
   assert memory["parameters"] == pytest.approx(2 * 70.06e9 / 16, rel=0.01)
@@ -87,7 +87,7 @@ def test_chinchilla_70b_fits_the_slice_that_its_config_names(capsys):
   # libtpu leaves some scatters as a reduction to all, which sends twice as much.
   scattered = sent["reduce-scatter", "data"] + sent["all-reduce", "data"] / 2
   assert scattered == pytest.approx(once, rel=0.1)
-  assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < 6 * 2**30
+  assert peak_bytes < 6 * 2**30
 
 
 def test_gpus_cannot_be_compiled_for_without_one():
