@@ -56,6 +56,19 @@ class Model:
       "fan_in: truncated normal of std 1/sqrt(fan in), Haiku's default", choices=("gpt2", "fan_in"))
   init_std: float = setting(0.02, "Radford et al. 2019; read when init is gpt2", above=0)
   norm_epsilon: float = setting(1e-6, "not stated; Zhang & Sennrich 2019 leave it open", above=0)
+  parametrisation: str = setting(
+      "standard", "the paper's: one learning rate for all, tuned at each size; mup: it transfers "
+      "over width (Yang et al. 2022); completep: over width and depth (Dey et al. 2025); see "
+      "docs/parametrisation.md", choices=("standard", "mup", "completep"))
+  base_width: int = setting(
+      512, "d_model of the small model that was tuned, where mup's and completep's factors are 1; "
+      "default: the smallest row of Table A9", at_least=1)
+  base_depth: int = setting(
+      8, "n_layers of the small model that was tuned; read when parametrisation is completep",
+      at_least=1)
+  base_kv_size: int = setting(
+      64, "kv_size of the small model that was tuned: mup and completep divide scores by "
+      "kv_size / sqrt(base_kv_size)", unit="per head", at_least=1)
   remat: str = setting(
       "dots", "the backward pass recomputes nothing, all but matrix products, or all of a block; "
       "dots took half the memory of none in the same time (docs/performance.md)",
@@ -195,6 +208,10 @@ class Optimizer:
       ((r"(norm|bias|/u$|/v$)", 0.0), (r".*", 1.0)),
       "factor on weight_decay by parameter path, first match wins; gains, biases, u and v are "
       "not decayed", unit="(regex, factor)")
+  lr_patterns: tuple[tuple[str, float], ...] = setting(
+      (), "factor on the learning rate by parameter path, first match wins, 1 where none is found; "
+      "decay follows it; 0 freezes; times the factor of model.parametrisation",
+      unit="(regex, factor)")
   clip_norm: float = setting(
       1.0, "Gopher; 0.25 for its 7.1B and 280B; global norm in float32; 0: no clipping", at_least=0)
 

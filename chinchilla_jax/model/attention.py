@@ -8,12 +8,12 @@ Relative attention is Dai et al. 2019, section 3.3, per head and per layer:
 
   score(i, j) = ((q_i + u) . k_j + (q_i + v) . W_r R_(i-j)) / sqrt(kv_size)
 
-with R_n the sinusoid of distance n. (q_i + v) . W_r R_n is made for all n with one product, and
-row i of it is then moved so that column j holds distance i - j: see `_shift`.
+with R_n the sinusoid of distance n (muP divides by another number: `parametrisation`).
+(q_i + v) . W_r R_n is made for all n with one product, and row i of it is then moved so that
+column j holds distance i - j: see `_shift`.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -22,6 +22,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from chinchilla_jax import config as schema
+from chinchilla_jax.model import parametrisation
 from chinchilla_jax.model.layers import RMSNorm, add, dense, product, weight, zeros
 from chinchilla_jax.model.placement import WHOLE, Placement, Rows
 
@@ -84,10 +85,24 @@ def _position_scores(q_hbck, r_hnk):
   return scores_hbgcs.reshape(h, b, -1, scores_hbgcs.shape[-1])
 
 
-def _attend(q_hbck, k_hbsk, v_hbsk, mask_bcs, relative):
+def scores(q_hbck: jax.Array, k_hbsk: jax.Array, relative) -> jax.Array:
+  """Float32 scores_hbcs before division and mask; arguments as those of `_attend`."""
+  q_content = q_hbck
+  if relative is not None:
+    r_hnk, u_hk, v_hk = relative
+    q_content = add(q_hbck, u_hk[:, None, None])
+  scores_hbcs = product("hbck,hbsk->hbcs", q_content, k_hbsk, jnp.float32)
+  if relative is not None:
+    q_position = add(q_hbck, v_hk[:, None, None])
+    scores_hbcs += _position_scores(q_position, r_hnk)
+  return scores_hbcs
+
+
+def _attend(divisor, q_hbck, k_hbsk, v_hbsk, mask_bcs, relative):
   """Attention of one block of C query rows over S keys.
 
   Args:
+    divisor: of the scores, a constant.
     q_hbck, k_hbsk, v_hbsk: queries, keys, values in the activation dtype.
     mask_bcs: who sees whom; a batch axis of 1 where every sequence has the same mask. Every
       row sees something.
@@ -97,15 +112,8 @@ def _attend(q_hbck, k_hbsk, v_hbsk, mask_bcs, relative):
   Returns:
     Values mixed by the softmax, out_hbck.
   """
-  q_content = q_hbck
-  if relative is not None:
-    r_hnk, u_hk, v_hk = relative
-    q_content = add(q_hbck, u_hk[:, None, None])
-  scores_hbcs = product("hbck,hbsk->hbcs", q_content, k_hbsk, jnp.float32)
-  if relative is not None:
-    q_position = add(q_hbck, v_hk[:, None, None])
-    scores_hbcs += _position_scores(q_position, r_hnk)
-  scores_hbcs = jnp.where(mask_bcs[None], scores_hbcs / math.sqrt(q_hbck.shape[-1]), _MASKED)
+  scores_hbcs = scores(q_hbck, k_hbsk, relative)
+  scores_hbcs = jnp.where(mask_bcs[None], scores_hbcs / divisor, _MASKED)
   top_hbc = jax.lax.stop_gradient(jnp.max(scores_hbcs, axis=-1, keepdims=True))
   weights_hbcs = jnp.exp(scores_hbcs - top_hbc)
   # Dividing the mixed values, not the weights, saves a pass over the scores in each direction.
@@ -138,6 +146,7 @@ class Attention(nnx.Module):
       self.query_norm = RMSNorm(k, "head_dim", config)
       self.key_norm = RMSNorm(k, "head_dim", config)
     self.config = config
+    self.divisor = parametrisation.score_divisor(config)
 
   def __call__(self, x_btd: jax.Array, segments_bt: jax.Array | None,
                placement: Placement = WHOLE) -> jax.Array:
@@ -156,7 +165,7 @@ class Attention(nnx.Module):
       segments_bt = rows.collect(placement.constrain(segments_bt, ("batch", "keys")), axis=1)
     r_hnk = self.relative_keys(t, x_btd.dtype)
     position_t = jnp.arange(t)
-    attend = jax.checkpoint(_attend)
+    attend = jax.checkpoint(functools.partial(_attend, self.divisor))
     turns = []
     for turn in range(rows.rounds):
       start = turn * rows.groups * rows.block
@@ -207,8 +216,8 @@ class Attention(nnx.Module):
         first = s - position - stop  # of the rows: the distance from the block's end to key -1
         window_hnk = jax.lax.dynamic_slice_in_dim(r_hnk, first, s + 1, axis=1)
         relative = (window_hnk, *self._u_v())
-      blocks.append(_attend(q_hbtk[:, :, start:stop], cache.key_hbsk, cache.value_hbsk,
-                            mask_cs[None], relative))
+      blocks.append(_attend(self.divisor, q_hbtk[:, :, start:stop], cache.key_hbsk,
+                            cache.value_hbsk, mask_cs[None], relative))
     return self._output(jnp.concatenate(blocks, axis=2)), cache
 
   def relative_keys(self, longest: int, dtype: jax.typing.DTypeLike) -> jax.Array | None:

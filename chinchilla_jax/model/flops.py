@@ -122,6 +122,14 @@ def per_token(shape: Any, seq_len: int = 2048, convention: str = "six_n_d") -> f
   return CONVENTIONS[convention](shape, seq_len)
 
 
+def forward_per_token(shape: Any, seq_len: int = 2048, convention: str = "six_n_d") -> float:
+  """FLOPs of the forward pass alone, per token: a third of training by every convention here.
+
+  By six_n_d that is 2 N, what Sardana et al. 2024 count for a token of inference.
+  """
+  return per_token(shape, seq_len, convention) / BACKWARD
+
+
 def training(shape: Any, tokens: float, seq_len: int = 2048,
              convention: str = "six_n_d") -> float:
   """Training FLOPs of a run over `tokens` tokens by a named convention."""

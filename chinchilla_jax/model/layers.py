@@ -5,7 +5,6 @@ to the activation dtype where they are used, which is the dtype of the input.
 """
 
 import functools
-import math
 import re
 
 import jax
@@ -14,13 +13,14 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from chinchilla_jax import config as schema
+from chinchilla_jax.model import parametrisation
 from chinchilla_jax.model.placement import WHOLE, Placement
 
 DENSE = "dense"  # what remat policies call a product with a weight
 
 
 def weight(key: jax.Array, shape: tuple[int, ...], logical: tuple[str, ...], *, fan_in: int,
-           config: schema.Model, residual: bool = False) -> nnx.Param:
+           config: schema.Model, residual: bool = False, embedding: bool = False) -> nnx.Param:
   """A freshly drawn float32 matrix. The paper does not say how its weights are drawn.
 
   Args:
@@ -31,18 +31,25 @@ def weight(key: jax.Array, shape: tuple[int, ...], logical: tuple[str, ...], *, 
       1/sqrt(fan_in) cut off at two of them and not rescaled (Haiku's default for linear layers).
     residual: this matrix writes to the residual stream; "gpt2" then divides by
       sqrt(2 * n_layers), since that many such outputs add up (Radford et al. 2019, section 2.3).
+    embedding: this matrix is the table. `model.parametrisation` scales it in its own way.
   """
+  divisor = parametrisation.init_divisor(config, fan_in=fan_in, residual=residual,
+                                         embedding=embedding)
   if config.init == "gpt2":
-    std = config.init_std / (math.sqrt(2 * config.n_layers) if residual else 1.0)
-    array = std * jax.random.normal(key, shape, jnp.float32)
+    array = config.init_std / divisor * jax.random.normal(key, shape, jnp.float32)
   else:
-    array = jax.random.truncated_normal(key, -2, 2, shape, jnp.float32) / math.sqrt(fan_in)
+    array = jax.random.truncated_normal(key, -2, 2, shape, jnp.float32) / divisor
   return nnx.Param(array, logical=logical)
 
 
 def zeros(shape: tuple[int, ...], logical: tuple[str, ...]) -> nnx.Param:
   """A float32 parameter that starts at zero."""
   return nnx.Param(jnp.zeros(shape, jnp.float32), logical=logical)
+
+
+def scaled(x: jax.Array, factor: float) -> jax.Array:
+  """x times a constant of the parametrisation, in the dtype of x; a factor of 1 costs nothing."""
+  return x if factor == 1 else x * factor
 
 
 def add(x: jax.Array, bias: jax.Array) -> jax.Array:
@@ -100,18 +107,19 @@ def dense(spec: str, x: jax.Array, w: nnx.Param) -> jax.Array:
 class RMSNorm(nnx.Module):
   """x / sqrt(mean(x²) + epsilon) * gain over the last axis (Zhang & Sennrich 2019); no bias.
 
-  Statistics and gain are float32, the result has the dtype of x.
+  Statistics, gain and the constant `scale` are float32, the result has the dtype of x.
   """
 
-  def __init__(self, size: int, axis: str, config: schema.Model):
+  def __init__(self, size: int, axis: str, config: schema.Model, scale: float = 1.0):
     self.gain = nnx.Param(jnp.ones((size,), jnp.float32), logical=(axis,))
-    self.epsilon = config.norm_epsilon
+    self.epsilon, self.scale = config.norm_epsilon, scale
 
   def __call__(self, x: jax.Array) -> jax.Array:
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
     gain = jnp.expand_dims(self.gain[...].astype(jnp.float32), range(x.ndim - 1))
-    return (x32 * jax.lax.rsqrt(mean_square + self.epsilon) * gain).astype(x.dtype)
+    normed = x32 * jax.lax.rsqrt(mean_square + self.epsilon) * gain
+    return scaled(normed, self.scale).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -155,7 +163,7 @@ class Embedding(nnx.Module):
 
   def __init__(self, config: schema.Model, key: jax.Array):
     v, d = config.vocab_size, config.d_model
-    self.table = weight(key, (v, d), ("vocab", "embed"), fan_in=d, config=config)
+    self.table = weight(key, (v, d), ("vocab", "embed"), fan_in=d, config=config, embedding=True)
     self.logit_bias = zeros((v,), ("vocab",))
 
   def encode(self, tokens_bt: jax.Array, dtype: jax.typing.DTypeLike,

@@ -21,9 +21,9 @@ from flax import nnx
 
 from chinchilla_jax import config as schema
 from chinchilla_jax.errors import UserError
-from chinchilla_jax.model import attention, layers
+from chinchilla_jax.model import attention, layers, parametrisation
 from chinchilla_jax.model.attention import Attention
-from chinchilla_jax.model.layers import Embedding, FeedForward, RMSNorm
+from chinchilla_jax.model.layers import Embedding, FeedForward, RMSNorm, scaled
 from chinchilla_jax.model.placement import WHOLE, Placement
 
 Tree = Any  # a nested dict of arrays
@@ -38,7 +38,7 @@ _REMAT = {
 
 
 class Block(nnx.Module):
-  """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+  """x + attention(norm(x)), then x + feed_forward(norm(x)); completep scales both branches."""
 
   def __init__(self, config: schema.Model, key: jax.Array):
     key_attention, key_feed_forward = jax.random.split(key)
@@ -46,19 +46,20 @@ class Block(nnx.Module):
     self.attention = Attention(config, key_attention)
     self.feed_forward_norm = RMSNorm(config.d_model, "embed", config)
     self.feed_forward = FeedForward(config, key_feed_forward)
+    self.scale = parametrisation.residual_scale(config)
 
   def __call__(self, x_btd: jax.Array, segments_bt: jax.Array | None,
                placement: Placement = WHOLE) -> jax.Array:
     into = lambda x: placement.constrain(x, ("batch", "length", None))
-    out_of = lambda x: placement.constrain(x, ("batch", "residual", None))
+    out_of = lambda x: placement.constrain(scaled(x, self.scale), ("batch", "residual", None))
     mixed_btd = self.attention(into(self.attention_norm(x_btd)), segments_bt, placement)
     x_btd = x_btd + out_of(mixed_btd)
     return x_btd + out_of(self.feed_forward(into(self.feed_forward_norm(x_btd)), placement))
 
   def decode(self, x_btd, cache: attention.Layer, position, context):
     mixed_btd, cache = self.attention.decode(self.attention_norm(x_btd), cache, position, context)
-    x_btd = x_btd + mixed_btd
-    return x_btd + self.feed_forward(self.feed_forward_norm(x_btd)), cache
+    x_btd = x_btd + scaled(mixed_btd, self.scale)
+    return x_btd + scaled(self.feed_forward(self.feed_forward_norm(x_btd)), self.scale), cache
 
 
 class Transformer(nnx.Module):
@@ -69,7 +70,8 @@ class Transformer(nnx.Module):
     self.embedding = Embedding(config, key_embedding)
     self.blocks = nnx.vmap(lambda key: Block(config, key))(
         jax.random.split(key_blocks, config.n_layers))
-    self.final_norm = RMSNorm(config.d_model, "embed", config)
+    self.final_norm = RMSNorm(config.d_model, "embed", config,
+                              scale=parametrisation.logit_scale(config))
 
 
 def init(config: schema.Model, key: jax.Array, dtype: jax.typing.DTypeLike) -> Tree:
@@ -116,7 +118,8 @@ def hidden(config: schema.Model, params: Tree, tokens_bt: jax.Array,
       model notices.
 
   Returns:
-    x_btd after the final RMSNorm, in `dtype`.
+    x_btd after the final RMSNorm, in `dtype`: what the table multiplies, so muP's scale of the
+    logits is in it.
   """
   ends = {name: placement.weights(name, params[name]) for name in ("embedding", "final_norm")}
   model = _module(config, params | ends)

@@ -9,7 +9,9 @@ Three ways to hold the weights, all of the same optimizer:
                                        with the probabilities that make it right on average
   float32     -           mu nu        the baseline
 
-Moments, clipping and decay are float32 always.
+Moments, clipping and decay are float32 always. Learning rate, decay and epsilon may differ by
+parameter path: `optimizer.lr_patterns`, `optimizer.decay_patterns`, and the groups of
+`model.parametrisation`; their factors multiply.
 """
 
 import dataclasses
@@ -21,6 +23,7 @@ import optax
 
 from chinchilla_jax import config as schema
 from chinchilla_jax import patterns
+from chinchilla_jax.model.parametrisation import Factors
 
 Tree = Any
 
@@ -46,7 +49,8 @@ class AdamW:
     return jax.tree.map(lambda w: w.astype(self.precision.parameters), weights), state
 
   def apply(self, grads: Tree, state: dict[str, Tree], params: Tree, step: jax.Array,
-            key: jax.Array) -> tuple[Tree, dict[str, Tree], dict[str, jax.Array]]:
+            key: jax.Array, groups: tuple[tuple[str, Factors], ...] = (),
+            ) -> tuple[Tree, dict[str, Tree], dict[str, jax.Array]]:
     """One update.
 
     Args:
@@ -55,11 +59,13 @@ class AdamW:
       params: the parameters.
       step: int32, steps before this one; the learning rate follows it, skipped ones included.
       key: of this update, for stochastic rounding.
+      groups: (pattern, factors) by parameter path, those of `parametrisation.groups`. If there
+        are any, every parameter must match one.
 
     Returns:
       New parameters, new state, and float32 norms: `grad_norm` (before clipping),
       `update_norm` (of the change of the float32 weights), `param_norm` (before the update),
-      and the learning rate.
+      and the learning rate before any factor.
     """
     config = self.config
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
@@ -70,17 +76,19 @@ class AdamW:
       scale = jnp.minimum(1.0, config.clip_norm / jnp.maximum(grad_norm, 1e-30))
       grads = jax.tree.map(lambda g: g * scale, grads)
 
-    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
-    moments = optax.ScaleByAdamState(state["count"], state["mu"], state["nu"])
-    directions, moments = adam.update(grads, moments)
+    factors = patterns.match_tree(weights, groups, None if groups else Factors())
+    directions, new_state = self._adam(grads, state, factors)
     learning_rate = jnp.asarray(self.schedule(step), jnp.float32)
+    lr = patterns.match_tree(weights, config.lr_patterns, 1.0)
     decay = patterns.match_tree(weights, config.decay_patterns, 0.0)
-    updates = jax.tree.map(
-        lambda u, w, factor: -learning_rate * (u + config.weight_decay * factor * w),
-        directions, weights, decay)
+
+    def update(u, w, lr, decay, group):
+      change = -learning_rate * (u + config.weight_decay * (decay * group.decay) * w)
+      return change if lr * group.lr == 1 else change * (lr * group.lr)
+
+    updates = jax.tree.map(update, directions, weights, lr, decay, factors)
     new_weights = jax.tree.map(jnp.add, weights, updates)
 
-    new_state = {"count": moments.count, "mu": moments.mu, "nu": moments.nu}
     if self.has_master:
       new_state["master"] = new_weights
     if self.precision.rounding == "stochastic":
@@ -90,6 +98,24 @@ class AdamW:
     norms = {"grad_norm": grad_norm, "update_norm": optax.tree.norm(updates),
              "param_norm": optax.tree.norm(weights), "learning_rate": learning_rate}
     return new_params, new_state, norms
+
+
+  def _adam(self, grads: Tree, state: dict[str, Tree], factors: Tree) -> tuple[Tree, dict]:
+    """Adam's directions and {count, mu, nu}; parameters of one epsilon go through it together."""
+    leaves, structure = jax.tree.flatten(grads)
+    mu, nu, groups = map(structure.flatten_up_to, (state["mu"], state["nu"], factors))
+    done = {}
+    for eps in dict.fromkeys(group.eps for group in groups):
+      here = [i for i, group in enumerate(groups) if group.eps == eps]
+      pick = lambda leaves, here=here: [leaves[i] for i in here]
+      adam = optax.scale_by_adam(self.config.b1, self.config.b2, self.config.eps * eps)
+      directions, moments = adam.update(
+          pick(leaves), optax.ScaleByAdamState(state["count"], pick(mu), pick(nu)))
+      count = moments.count
+      done |= dict(zip(here, zip(directions, moments.mu, moments.nu, strict=True), strict=True))
+    directions, mu, nu = (structure.unflatten(part)
+                          for part in zip(*(done[i] for i in sorted(done)), strict=True))
+    return directions, {"count": count, "mu": mu, "nu": nu}
 
 
 def _stochastic_round_tree(weights: Tree, key: jax.Array) -> Tree:

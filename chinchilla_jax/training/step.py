@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from chinchilla_jax import config as schema
 from chinchilla_jax import durations
-from chinchilla_jax.model import transformer
+from chinchilla_jax.model import parametrisation, transformer
 from chinchilla_jax.model.placement import WHOLE, Placement, Rows
 from chinchilla_jax.parallel.layout import Layout
 from chinchilla_jax.training import loss, spikes
@@ -96,7 +96,8 @@ def make_train_step(experiment: schema.Experiment, optimizer: AdamW, layout: Lay
     grads, nll, weight = gradients(experiment, state["params"], batch, layout)
     key = jax.random.fold_in(root, state["step"])
     params, optimizer_state, norms = optimizer.apply(
-        grads, state["optimizer"], state["params"], state["step"], key)
+        grads, state["optimizer"], state["params"], state["step"], key,
+        parametrisation.groups(experiment.model))
     if layout is not None:  # What is gathered has the dtype of the parameters, not the master's.
       params = layout.like_optimizer(params)
 

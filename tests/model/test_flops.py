@@ -83,6 +83,20 @@ def test_six_n_d_is_six_n():
   assert flops.training(shape, 262_144) == 6 * shapes.count_parameters(shape) * 262_144
 
 
+@pytest.mark.parametrize("convention", flops.CONVENTIONS)
+def test_a_forward_pass_is_a_third_of_training(convention):
+  shape = shapes.find("70b")
+  forward = flops.forward_per_token(shape, 2048, convention)
+  assert 3 * forward == pytest.approx(flops.per_token(shape, 2048, convention), rel=1e-15)
+
+
+def test_forward_by_two_n_and_by_the_letter_of_appendix_f():
+  shape = shapes.Shape("toy", "", d_model=6, d_ff=10, kv_size=4, n_heads=2, n_layers=3,
+                       vocab_size=7)
+  assert flops.forward_per_token(shape) == pytest.approx(2 * shapes.count_parameters(shape))
+  assert flops.forward_per_token(shape, 5, "appendix_f") * 5 == pytest.approx(840 + 3 * 4070)
+
+
 def test_unknown_convention():
   with pytest.raises(UserError, match="unknown FLOP convention 'hfu'; one of: six_n_d"):
     flops.per_token(shapes.find("70b"), convention="hfu")

@@ -49,6 +49,8 @@ def part(state, prefix):
      dict(model__activation="swiglu", model__qk_norm=True, loss__z_loss=1e-2)),
     ("fsdp_tensor slice 2 x data 2 x tensor 2", dict(batch__microbatches=2)),
     ("fsdp_tensor data 2 x context 2 x tensor 2", dict(batch__microbatches=2)),
+    ("fsdp_tensor data 2 x context 2 x tensor 2",
+     dict(model__parametrisation="completep", model__base_width=16, model__base_depth=1)),
 ], ids=str)
 def test_a_step_on_eight_devices_is_the_step_of_one(name, fields):
   base = eight.experiment(**fields)
