@@ -16,9 +16,11 @@ from chinchilla_jax.errors import UserError
 
 COMMANDS = {
     "prepare": "turn text into a tokenizer and a token store",
+    "plan": "what model, how many tokens, which batch, learning rate and mesh a budget buys",
     "compile": "memory, collectives and least time of a step on devices that are not here",
     "train": "train a model; run again to resume",
     "sweep": "train a family of models, here or on a cluster; run again to resume",
+    "fit": "the scaling law that runs follow, and how sure it is",
     "evaluate": "bits per byte of a checkpoint on held-out text",
     "generate": "text from a checkpoint",
     "inspect": "what is in a config, a run or a token store",
