@@ -17,7 +17,7 @@ WORKDIR /opt/chinchilla
 # Packages first, from setup.py alone: they change seldom, and are most of the image.
 COPY setup.py pyproject.toml README.md LICENSE ./
 COPY chinchilla_jax/__init__.py chinchilla_jax/__init__.py
-RUN case "$EXTRA" in tpu|cuda) extras="[$EXTRA]" ;; cpu) extras="" ;; \
+RUN case "$EXTRA" in tpu|cuda) extras="[$EXTRA,gcs,s3]" ;; cpu) extras="[gcs,s3]" ;; \
       *) echo "EXTRA is '$EXTRA'; give tpu, cuda or cpu" >&2; exit 2 ;; esac \
     && pip install --editable ".$extras"
 

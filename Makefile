@@ -45,7 +45,7 @@ $(VENV)/compiler: $(VENV)/installed
 
 # Twice: on one device, and what needs several on eight simulated ones.
 test: lint $(VENV)/compiler
-	PATH="$(CURDIR)/$(BIN):$$PATH" JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/compiler $(BIN)/python -m pytest --ignore=tests/simulated
+	PATH="$(CURDIR)/$(BIN):$$PATH" JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/compiler $(BIN)/python -m pytest --ignore=tests/simulated --durations=30
 	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8 $(BIN)/python -m pytest tests/simulated
 
 test-slurm: setup

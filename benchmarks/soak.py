@@ -46,8 +46,8 @@ def train(args: argparse.Namespace, workdir: pathlib.Path) -> subprocess.Popen:
   return subprocess.Popen(command, stdout=subprocess.DEVNULL)
 
 
-def watch(process: subprocess.Popen) -> np.ndarray:
-  """[samples, 4]: seconds, resident bytes, open files, threads; one a second."""
+def watch(process: subprocess.Popen, every: float = 1.0) -> np.ndarray:
+  """[samples, 4]: seconds, resident bytes, open files, threads; one every so many seconds."""
   samples, started = [], time.monotonic()
   page = os.sysconf("SC_PAGE_SIZE")
   proc = pathlib.Path(f"/proc/{process.pid}")
@@ -58,7 +58,7 @@ def watch(process: subprocess.Popen) -> np.ndarray:
                       len(os.listdir(proc / "task"))))
     except (OSError, IndexError):
       break
-    time.sleep(1)
+    time.sleep(every)
   if process.wait():
     sys.exit(f"training ended with status {process.returncode}")
   return np.array(samples)

@@ -89,6 +89,8 @@ def from_dict(tree: dict[str, Any]) -> schema.Experiment:
 
 
 def _load_file(config: str) -> dict[str, Any]:
+  if "://" in config:
+    return _load_object(config)
   path, argument = config, None
   if not os.path.isfile(path) and ":" in config:
     path, argument = config.rsplit(":", 1)
@@ -113,6 +115,22 @@ def _load_file(config: str) -> dict[str, Any]:
     return _to_plain(_run_config_file(file, argument))
   if argument is not None:
     raise UserError(f"--config: {path} takes no argument; leave out {':' + argument!r}")
+  return _from_json(content, path)
+
+
+def _load_object(url: str) -> dict[str, Any]:
+  """The config of a run in a bucket. Programs are not run from there."""
+  from chinchilla_jax.storage import paths
+  if not url.endswith(".json"):
+    raise UserError(f"--config: {shown(url)} is no .json file; give the config.json of a run, or a "
+                    "file on this machine")
+  try:
+    return _from_json(paths.at(url).read_bytes(), url)
+  except FileNotFoundError:
+    raise UserError(f"--config: no object {shown(url)}; give the config.json of a run") from None
+
+
+def _from_json(content: bytes, path: str) -> dict[str, Any]:
   try:
     tree = json.loads(content)
   except RecursionError:
@@ -301,6 +319,7 @@ def _check(experiment: schema.Experiment) -> None:
       raise UserError(f"config.batch.microbatches: {count} sequences do not divide into "
                       f"{parts} microbatches; use a divisor, or config.batch.ramp_by=size")
   for name, found in (("optimizer.decay_patterns", experiment.optimizer.decay_patterns),
+                      ("optimizer.lr_patterns", experiment.optimizer.lr_patterns),
                       ("mesh.overrides", experiment.mesh.overrides)):
     for pattern, _ in found:
       try:

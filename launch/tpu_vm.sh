@@ -164,17 +164,19 @@ if [ "$verb" = train ]; then
     esac
   done
   [ -n "$workdir" ] ||
-    refuse "train: no --workdir; all machines must see it, so give one on --bucket"
+    refuse "train: no --workdir; all machines must see it, so give one such as gs://BUCKET/runs/x"
   case $workdir in
-    gs://*) refuse "train: --workdir: $workdir is no folder; give --bucket=NAME and" \
-      "--workdir=/mnt/gcs/NAME/..." ;;
+    gs://*)
+      [[ $workdir =~ ^gs://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]/[^/] ]] ||
+        refuse "train: --workdir: $workdir is not gs://BUCKET/FOLDER"
+      ;;
     /mnt/gcs/*)
       [[ -n $bucket && $workdir == /mnt/gcs/$bucket/* ]] ||
         refuse "train: --workdir: $workdir is not on the bucket that is mounted; give --bucket"
       ;;
     /*) ;;
     *) refuse "train: --workdir: $workdir is a folder of each machine; give one that all see," \
-      "such as /mnt/gcs/BUCKET/runs/x with --bucket" ;;
+      "such as gs://BUCKET/runs/x" ;;
   esac
 fi
 

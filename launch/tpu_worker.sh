@@ -28,7 +28,7 @@ setup() {
   stamp=$(sha256sum <"$home/src/setup.py")
   if [ "$(cat "$home/venv/installed" 2>/dev/null)" != "$stamp" ]; then
     uv venv --quiet --clear --python 3.12 "$home/venv"
-    uv pip install --quiet --python "$home/venv/bin/python" --editable "$home/src[tpu]"
+    uv pip install --quiet --python "$home/venv/bin/python" --editable "$home/src[tpu,gcs]"
     echo "$stamp" >"$home/venv/installed"
   fi
   [ -z "$bucket" ] || mount_bucket "$bucket"

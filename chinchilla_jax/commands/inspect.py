@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 import logging
-import pathlib
 from typing import Any
 
 from chinchilla_jax import config as schema
@@ -132,10 +131,11 @@ def _state(experiment: schema.Experiment) -> Any:
 
 def _run(folder: Any, experiment: schema.Experiment, how: str) -> Facts:
   """The checkpoints of a run, newest last, and what `train` would do now."""
+  from chinchilla_jax.storage import paths
   from chinchilla_jax.training import checkpoint, start
   path, rows = folder.checkpoints, []
   for step in checkpoint.steps(path):
-    row: Facts = {"step": step, "bytes": _size(path / str(step)),
+    row: Facts = {"step": step, "bytes": sum(paths.sizes(path / str(step)).values()),
                   "problem": checkpoint.problem(path, step, how)}
     if not row["problem"]:
       try:
@@ -147,8 +147,8 @@ def _run(folder: Any, experiment: schema.Experiment, how: str) -> Facts:
       except UserError as error:  # It is whole, but not of this version.
         row["refused"] = str(error)
     rows.append(row)
-  aside = sorted(entry.name for entry in (path / checkpoint.ASIDE).glob("*"))
-  partial = sorted(entry.name for entry in path.glob(f"*{checkpoint.PARTIAL}"))
+  aside = paths.names(path / checkpoint.ASIDE)
+  partial = [name for name in paths.names(path) if name.endswith(checkpoint.PARTIAL)]
   try:
     rollbacks = folder.read_rollbacks()
   except UserError:  # `resume` says so.
@@ -172,10 +172,6 @@ def _resume(folder: Any, experiment: schema.Experiment, how: str) -> Facts:
           "skipped": [list(one) for one in begin.skipped],
           "set_aside": [{"step": step, "kind": kind, "why": why}
                         for step, kind, why in begin.aside]}
-
-
-def _size(folder: pathlib.Path) -> int:
-  return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _run_text(run: Facts) -> str:

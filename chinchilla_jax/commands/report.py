@@ -13,7 +13,7 @@ TAKES_CONFIG = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
+  parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or a sweep's")
   parser.add_argument("--out", default="report.html", metavar="FILE",
                       help="report.html by default")
   parser.add_argument("--names", metavar="A,B",

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
   say = lambda text: print(text, file=sys.stderr if args.json else sys.stdout, flush=True)
   if args.list:
-    rows = [_facts(local.Status(member, sweep.state_of(member))) for member in chosen]
+    rows = [_facts(local.status_of(member)) for member in chosen]
     print(json.dumps({"workdir": str(folder), "members": rows}) if args.json
           else _list_text(folder, rows))
     return 0
@@ -76,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
     say(f"note: {folder / sweep.RUNS} also has {len(others)} of another config, such as "
         f"{others[0]}; they are left alone, and not in the results")
   if submit is not None:
-    missing = [member for member in chosen if sweep.state_of(member) not in ("complete", "running")]
+    missing = [member for member in chosen
+               if sweep.state_of(member).state not in ("complete", "running")]
     if not missing:
       say("nothing to submit: every member is complete or running")
     else:
@@ -149,13 +150,10 @@ def _only(which: str, found: Sequence) -> object:
 
 
 def _facts(status) -> dict:
-  from chinchilla_jax.experiments import sweep
   from chinchilla_jax.model import shapes
   member = status.member
-  if not status.step:
-    status.look()
   return {"index": member.index, "id": member.id, "state": status.state,
-          "reason": status.note or (sweep.reason(member) if status.state == "failed" else ""),
+          "reason": status.note,
           "overrides": member.overrides, "step": status.step, "total_steps": member.total_steps,
           "total_tokens": member.total_tokens,
           "params_table_a9": shapes.count_parameters(member.experiment.model),

@@ -24,11 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+  from chinchilla_jax.training import heap
+  heap.few_arenas()
   experiment = config_io.load(args.config, args.overrides)
   workdir = args.workdir or os.path.join("runs", experiment.name)
   from chinchilla_jax.parallel import joining, processes
   from chinchilla_jax.training import loop, quiet
   quiet.libraries()
+  heap.no_counters()
   joining.start(joining.Flags(args.coordinator, args.processes, args.process))
   outcome = loop.train(experiment, workdir, args.force)
   say = print if processes.is_main() else lambda text: None

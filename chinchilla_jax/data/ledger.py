@@ -14,6 +14,7 @@ import os
 
 from chinchilla_jax.data import staging
 from chinchilla_jax.errors import UserError
+from chinchilla_jax.storage import objects, paths
 
 FILE = "ledger.json"
 VERSION = 1
@@ -37,15 +38,11 @@ def fingerprint(ledger: dict) -> str:
 def refuse_impossible(folder: str):
   """Refuses a place that no store can be at.
 
-  An empty path would mean the current directory, which preparing would replace. ArrayRecord reads
-  local files only, and would wait for ever on some remote ones.
+  An empty path would mean the current directory, which preparing would replace.
   """
   if not folder:
     raise UserError("config.data.store is empty: name the folder of a token store, such as "
                     "--config.data.store=stores/books")
-  if "://" in folder:
-    raise UserError(f"{folder} is remote: keep the token store on a local disk (copy it, and point "
-                    f"--config.data.store there)")
 
 
 def write(folder: str, ledger: dict):
@@ -64,8 +61,7 @@ def read(folder: str) -> dict:
   refuse_impossible(folder)
   path = os.path.join(folder, FILE)
   try:
-    with open(path, "rb") as file:
-      ledger = json.load(file)
+    ledger = json.loads((paths.at(folder) / FILE).read_bytes())
     if type(ledger["version"]) is not int:
       raise ValueError("its version is no number")
     if ledger["version"] > VERSION:
@@ -78,6 +74,8 @@ def read(folder: str) -> dict:
     raise UserError(f"no token store at {folder}: {_hint(folder)}") from error
   except NotADirectoryError as error:
     raise UserError(f"{folder} is a file, not a token store: {_hint(folder)}") from error
+  except objects.Unreachable:
+    raise
   except OSError as error:
     raise UserError(f"{path} cannot be read ({error.strerror}): {_AGAIN}") from error
   except json.JSONDecodeError as error:
@@ -160,6 +158,8 @@ _AGAIN = "copy the store again, or run `chinchilla prepare` with --overwrite"
 
 def _hint(folder: str) -> str:
   make = f"make it with `chinchilla prepare --config.data.store={folder}`"
+  if paths.is_remote(folder):
+    return make
   if os.path.isdir(staging.staging_path(folder)):
     return f"a prepare is running or was cut off there; {make}"
   near = [os.path.dirname(path)
@@ -186,6 +186,20 @@ def files(ledger: dict) -> list[dict]:
   return [*ledger["files"], *(f for split in ledger["splits"].values() for f in split["files"])]
 
 
+def depth(ledger: dict, how: str) -> str:
+  """"full" or "sizes": what "auto" means for a store.
+
+  Raises:
+    UserError: `how` is none of the three.
+  """
+  if how not in ("full", "sizes", "auto"):
+    raise UserError(f"config.data.verify is {how!r}: it is one of full, sizes, auto")
+  if how != "auto":
+    return how
+  small = sum(entry["bytes"] for entry in files(ledger)) <= FULL_CHECK_BYTES
+  return "full" if small else "sizes"
+
+
 def verify(folder: str, ledger: dict, how: str) -> str:
   """Checks a store's files against its ledger.
 
@@ -198,18 +212,13 @@ def verify(folder: str, ledger: dict, how: str) -> str:
   Raises:
     UserError: naming the first file that is missing, of another size, or changed.
   """
-  if how not in ("full", "sizes", "auto"):
-    raise UserError(f"config.data.verify is {how!r}: it is one of full, sizes, auto")
-  entries = files(ledger)
+  how, entries = depth(ledger, how), files(ledger)
   for entry in entries:
     path = os.path.join(folder, entry["name"])
     if not os.path.isfile(path):
       raise UserError(f"{path} is missing: {_AGAIN}")
     if (size := os.path.getsize(path)) != entry["bytes"]:
       raise UserError(f"{path} has {size:,} bytes, its ledger says {entry['bytes']:,}: {_AGAIN}")
-  if how == "auto":
-    small = sum(entry["bytes"] for entry in entries) <= FULL_CHECK_BYTES
-    how = "full" if small else "sizes"
   if how == "full":
     paths = [os.path.join(folder, entry["name"]) for entry in entries]
     # Threads, since hashing gives up the interpreter lock.

@@ -4,22 +4,26 @@ Two streaming passes, so the corpus may be larger than memory. The store is the 
 number of processes, and appears whole or not at all.
 """
 
+import contextlib
 import os
 import time
 
 from chinchilla_jax.data import corpus as corpora
 from chinchilla_jax.data import ledger as ledgers
-from chinchilla_jax.data import staging, token_writer, workers
+from chinchilla_jax.data import remote_store, staging, token_writer, workers
 from chinchilla_jax.data import survey as surveys
 from chinchilla_jax.data import tokenizer as tokenizers
 from chinchilla_jax.data.progress import Progress
 from chinchilla_jax.errors import UserError
+from chinchilla_jax.storage import paths
 
 _IN_PROCESS_BYTES = 4 << 20  # a tokenizer for a smaller sample is trained in seconds, right here
 
 
 def prepare(config, *, overwrite: bool = False, n_workers: int = 0, quiet: bool = False) -> dict:
   """Makes the token store at `config.data.store`, unless it is there already.
+
+  A store in a bucket is made on this machine first, then put there.
 
   Args:
     config: an Experiment; reads its sections corpus, tokenizer and data.store.
@@ -35,14 +39,19 @@ def prepare(config, *, overwrite: bool = False, n_workers: int = 0, quiet: bool 
   """
   start = time.monotonic()
   progress = Progress(quiet)
-  store = os.path.expanduser(config.data.store)
+  store = config.data.store.rstrip("/") if paths.is_remote(config.data.store) else (
+      os.path.expanduser(config.data.store))
   _refuse_foreign(store)
   tokenizer = tokenizers.load(config.tokenizer.path) if config.tokenizer.path else None
   settings = _settings(config, tokenizer)
   inventory = surveys.inventory(config.corpus)
-  if os.path.exists(os.path.join(store, ledgers.FILE)) and not overwrite:
+  if _exists(store) and not overwrite:
     return _existing(store, config, settings, inventory, progress)
-  with staging.staged(store) as folder:
+  with contextlib.ExitStack() as stack:
+    if paths.is_remote(store):
+      folder = str(stack.enter_context(paths.Scratch()))
+    else:
+      folder = stack.enter_context(staging.staged(store))
     sample_bytes = 0 if tokenizer else config.tokenizer.sample_bytes
     with progress.stage("reading the corpus") as advance:
       survey = surveys.survey(config.corpus, sample_bytes, advance)
@@ -63,6 +72,9 @@ def prepare(config, *, overwrite: bool = False, n_workers: int = 0, quiet: bool 
                                "held_out_below": f"{survey.threshold:#018x}"}}})
     finally:
       writer.close()
+    if paths.is_remote(store):
+      with progress.stage(f"putting it into {store}"):
+        remote_store.put(folder, ledger, store)
   for line in summary(store, ledger, time.monotonic() - start):
     progress.say(line)
   return ledger
@@ -87,6 +99,10 @@ def summary(store: str, ledger: dict, seconds: float | None = None) -> list[str]
 def _refuse_foreign(store: str):
   """Never replaces anything but a store."""
   ledgers.refuse_impossible(store)
+  if paths.is_remote(store):
+    paths.at(store)  # Says what is wrong with it.
+    remote_store.refuse_foreign(store)
+    return
   staging.recover(store)
   if os.path.isfile(store):
     raise UserError(f"{store} is a file: choose another --config.data.store")
@@ -94,6 +110,12 @@ def _refuse_foreign(store: str):
       and not os.path.exists(os.path.join(store, ledgers.FILE))):
     raise UserError(f"{store} holds files but no token store: choose another --config.data.store, "
                     f"or empty it yourself")
+
+
+def _exists(store: str) -> bool:
+  if paths.is_remote(store):
+    return remote_store.exists(store)
+  return os.path.exists(os.path.join(store, ledgers.FILE))
 
 
 def _settings(config, tokenizer: tokenizers.Tokenizer | None) -> dict:
@@ -118,7 +140,10 @@ def _existing(store: str, config, settings: dict, inventory: str, progress: Prog
       if now.get(key) != was.get(key):
         raise UserError(f"{store} was made with {section}.{key} = {was.get(key)!r}, now it is "
                         f"{now.get(key)!r}: {cure}")
-  ledgers.verify(store, ledger, config.data.verify)
+  if paths.is_remote(store):
+    remote_store.check_sizes(store, ledger)
+  else:
+    ledgers.verify(store, ledger, config.data.verify)
   if inventory != ledger["corpus"]["inventory"]:
     # Touched, copied or changed: only the text itself can tell.
     with progress.stage("reading the corpus, whose files look changed") as advance:

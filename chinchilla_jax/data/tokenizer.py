@@ -19,6 +19,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from chinchilla_jax.errors import UserError
+from chinchilla_jax.storage import objects, paths
 
 PAD, UNK, BOS = 0, 1, 2  # control pieces; UNK never occurs, since every byte has a piece
 _N_RESERVED = 3 + 256
@@ -146,9 +147,12 @@ def load(path: str) -> Tokenizer:
     UserError: no such file, not a SentencePiece model, or one that would lose text.
   """
   file = os.path.join(path, "tokenizer.model") if os.path.isdir(path) else path
+  if paths.is_remote(path) and not path.endswith(".model"):
+    file = f"{path.rstrip('/')}/tokenizer.model"
   try:
-    with open(file, "rb") as stream:
-      return Tokenizer(stream.read(), file)
+    return Tokenizer(paths.at(file).read_bytes(), file)
+  except objects.Unreachable:
+    raise
   except OSError as error:
     raise UserError(f"no tokenizer at {path} ({error.strerror}): name a .model file or a token "
                     f"store in config.tokenizer.path") from error

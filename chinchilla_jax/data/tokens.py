@@ -23,8 +23,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from chinchilla_jax.data import ledger as ledgers
+from chinchilla_jax.data import remote_store
 from chinchilla_jax.data import tokenizer as tokenizers
 from chinchilla_jax.errors import UserError
+from chinchilla_jax.storage import paths
 
 CHUNK = 4096  # ids in a record; measured in docs/data.md
 DATASET = "tokens"
@@ -67,16 +69,21 @@ def open_store(path: str, verify: str = "auto") -> "TokenStore":
   """Opens a store after checking it against its ledger.
 
   Args:
-    path: the store's directory.
+    path: the store's directory, or where it lies in a bucket: then it is copied to this machine.
     verify: "full", "sizes" or "auto" (`ledger.verify`).
 
   Raises:
     UserError: no store there; a file missing, truncated or changed; a tokenizer that did not make
       the ids; ids that are not those of the ledger.
   """
-  path = os.path.expanduser(path)
-  ledger = ledgers.read(path)
-  how = ledgers.verify(path, ledger, verify)
+  if paths.is_remote(path):
+    path = remote_store.here(path, verify)
+    ledger = ledgers.read(path)
+    how = ledgers.depth(ledger, verify)
+  else:
+    path = os.path.expanduser(path)
+    ledger = ledgers.read(path)
+    how = ledgers.verify(path, ledger, verify)
   tokenizer = tokenizers.load(path)
   if tokenizer.fingerprint != ledger["tokenizer"]:
     raise UserError(f"{path}: tokenizer.model did not make these tokens (its checksum is not the "

@@ -20,8 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from chinchilla_jax.errors import UserError
-from chinchilla_jax.experiments import results, sweep
+from chinchilla_jax.experiments import results, run_state, sweep
 from chinchilla_jax.training.interrupt import Interrupt
+from chinchilla_jax.training.run_folder import RunFolder
 
 _POLL = 0.2           # Seconds between two looks at the processes.
 _PAUSE = 1.0          # Seconds before a process is started again.
@@ -123,7 +124,7 @@ class Status:
   """How far a member is, as far as this process knows.
 
   Attributes:
-    state: one of `sweep.STATES`.
+    state: one of `run_state.STATES`.
     here: whether a process that was started here trains it now.
     starts: processes that were started here.
     step: newest in its log; `loss` in nats per token and `tokens_per_second` are that step's.
@@ -144,6 +145,15 @@ class Status:
     newest = _newest_step(self.member.folder / "metrics.jsonl")
     self.step = newest.get("step", 0)
     self.loss, self.tokens_per_second = newest.get("loss"), newest.get("tokens_per_second")
+
+
+def status_of(member: sweep.Member) -> Status:
+  """How far a member is, from its run's folder."""
+  found = sweep.state_of(member)
+  status = Status(member, found.state, note=found.reason)
+  status.note = status.note or _left_alone(status)
+  status.look()
+  return status
 
 
 @dataclasses.dataclass
@@ -174,10 +184,7 @@ def run(found: Sequence[sweep.Member], folder: pathlib.Path, places: Sequence[Sl
     UserError: the folder cannot be written.
     KeyboardInterrupt: a second Ctrl-C. In both cases the processes have ended by then.
   """
-  statuses = [Status(member, sweep.state_of(member)) for member in found]
-  for status in statuses:
-    status.look()
-    status.note = _left_alone(status)
+  statuses = [status_of(member) for member in found]
   queue = [status for status in statuses if status.state not in ("complete", "running")]
   not_before: dict[str, float] = {}
   free, children = list(places), []
@@ -260,7 +267,7 @@ def _ended(child: _Child, retries: int, stopping: bool) -> bool:
   status, code = child.status, child.process.returncode
   status.here = False
   status.look()
-  status.state = sweep.state_of(status.member)
+  status.state = sweep.state_of(status.member).state
   if status.state == "running":  # Another process has it: this one was refused.
     status.note = _left_alone(status)
     return False
@@ -278,7 +285,7 @@ def _ended(child: _Child, retries: int, stopping: bool) -> bool:
     return True
   else:
     why = f"{words} after {status.starts} start{'s' if status.starts > 1 else ''}: {last}"
-  sweep.note_failure(status.member, why)
+  run_state.note_failure(RunFolder(status.member.folder), why)
   status.state, status.note = "failed", why
   return False
 

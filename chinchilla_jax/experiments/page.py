@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from chinchilla_jax.experiments import page_curves, standing
+from chinchilla_jax.experiments import page_curves, run_state
 from chinchilla_jax.experiments.report import Run
 
 MARK = "<!doctype html>\n<!-- chinchilla report -->\n"  # By which a page of ours is known.
@@ -145,9 +145,9 @@ def _summary_cells(run: Run, index: int, best: bool) -> list[str]:
   at = facts["eval_step"]
   params = facts["params"]
   per = f"N = {params:,}, {facts['tokens'] / params:.3g} per parameter" if params else ""
-  wall = "&ndash;" if facts["wall_seconds"] is None else standing.duration(facts["wall_seconds"])
+  wall = "&ndash;" if facts["wall_seconds"] is None else run_state.duration(facts["wall_seconds"])
   inside = [] if facts["step_seconds"] is None else [
-      f"{standing.duration(facts['step_seconds'])} in steps"]
+      f"{run_state.duration(facts['step_seconds'])} in steps"]
   if facts["unended_legs"]:
     inside.append(f"and {_count(facts['unended_legs'], 'start')} whose end is not known")
   odd = [_count(facts["spikes"], "spike") if facts["spikes"] else "",
@@ -285,7 +285,7 @@ def _checkpoints(run: Run) -> str:
   for row in run.checkpoints[-_MOST_ROWS:]:
     good = not row["problem"]
     state = ('<span class="state complete">whole</span>' if good else
-             f'<span class="state {"ended" if row["step"] is None else "failed"}">'
+             f'<span class="state {"interrupted" if row["step"] is None else "failed"}">'
              f'{"" if row["step"] is None else "damaged: "}{_escape(row["problem"])}</span>')
     rows.append((_escape(row["name"]) if row["step"] is None else f"{row['step']:,}",
                  "&ndash;" if row["tokens"] is None else f"{row['tokens']:,}",

@@ -13,8 +13,11 @@ from typing import Any
 
 from chinchilla_jax.config_io import shown
 from chinchilla_jax.errors import UserError
-from chinchilla_jax.experiments import standing
+from chinchilla_jax.experiments import page_summary, run_state, sweep
 from chinchilla_jax.experiments.run_log import Curve, Event, Facts, Log, is_number, lines
+from chinchilla_jax.storage import paths as places
+from chinchilla_jax.storage.paths import Place
+from chinchilla_jax.training.run_folder import RunFolder
 
 _MOST_TICKS = 1_000  # Odd events of one run that are marked on its curves.
 _MOST_SAMPLES, _SAMPLE_LENGTH = 40, 4_000
@@ -41,15 +44,17 @@ def read(paths: Sequence[str], names: Sequence[str] = ()) -> list[Run]:
   """Reads runs.
 
   Args:
-    paths: their folders.
+    paths: their folders; of a sweep's, all runs that have begun.
     names: to call them by; the shortest ends of the paths that differ by default.
 
   Raises:
     UserError: a folder is no run, or is given twice; names do not fit.
   """
+  paths = [run for path in paths for run in _members(path)]
   for path in paths:
     _check(path)
-  real = [os.path.realpath(path) for path in paths]
+  real = [path.rstrip("/") if places.is_remote(path) else os.path.realpath(path)
+          for path in paths]
   for index, path in enumerate(real):
     if path in real[:index]:
       raise UserError(f"RUN: {shown(paths[index])} is given twice; leave one of them out")
@@ -61,9 +66,24 @@ def read(paths: Sequence[str], names: Sequence[str] = ()) -> list[Run]:
   return [_read(path, name) for path, name in zip(paths, names or _short(real), strict=True)]
 
 
+def _members(path: str) -> list[str]:
+  """The runs of a sweep that have begun; of another folder, itself."""
+  if not os.path.isfile(os.path.join(path, sweep.FILE)):
+    return [path]
+  begun = [str(member.folder) for member in sweep.read(path)
+           if os.path.isfile(member.folder / "config.json")]
+  if not begun:
+    raise UserError(f"RUN: no run of the sweep {shown(path)} has begun; start it with chinchilla "
+                    f"sweep --workdir {path}")
+  return begun
+
+
 def _check(path: str) -> None:
-  if "://" in path:
-    raise UserError(f"RUN: {shown(path)} is remote; give a folder that is mounted or copied here")
+  if places.is_remote(path):
+    if not (places.at(path) / "config.json").is_file():
+      raise UserError(f"RUN: {shown(path)} is not a run's folder (it has no config.json); give the "
+                      "one that `chinchilla train` wrote")
+    return
   if os.path.isfile(os.path.join(path, "config.json")):
     return
   if not os.path.isdir(path):
@@ -86,7 +106,7 @@ def _short(paths: Sequence[str]) -> list[str]:
 
 
 def _read(path: str, name: str) -> Run:
-  folder = pathlib.Path(path)
+  folder = places.at(path)
   config, versions = _config(folder)
   log = Log(folder / "metrics.jsonl")
   journal, torn = [], 0
@@ -105,7 +125,7 @@ def _read(path: str, name: str) -> Run:
   if taken_back:
     notes.append(f"{taken_back:,} lines of steps that rollbacks took back are not shown; they are "
                  "in metrics.rolled_back.jsonl")
-  summary = standing.summary(folder, config, log, journal)
+  summary = page_summary.summary(RunFolder(folder), config, log, journal)
   return Run(name, str(path), config | {f"versions.{key}": value for key, value in
                                         versions.items()},
              log.train, log.evals, [_event(record) for record in journal], log.troubles, summary,
@@ -115,7 +135,7 @@ def _read(path: str, name: str) -> Run:
 # -------------------------------------------------------------------- Files
 
 
-def _config(folder: pathlib.Path) -> tuple[Facts, Facts]:
+def _config(folder: Place) -> tuple[Facts, Facts]:
   """(flat config, versions) as they stand in the file: also of a run of another version."""
   path = folder / "config.json"
   try:
@@ -143,12 +163,12 @@ def _flat(tree: Facts, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _event(record: Facts) -> Event:
   """A line of the journal; its facts become its text."""
   notes = record.get("notes") if isinstance(record.get("notes"), list) else []
-  parts = [" ".join(str(note).split()) for note in notes]
+  parts = [run_state.one_line(note) for note in notes]
   parts += [str(record[key]) for key in ("kind", "why") if record.get(key)]
   if record.get("to"):
     parts.append(f"kept as {record['to']}")
   if record.get("signal"):
-    parts.append(standing.signal_name(record["signal"]))
+    parts.append(run_state.signal_name(record["signal"]))
   if record.get("devices"):
     parts.append(f"on {record['devices']}, {record.get('processes', '?')} process(es)")
   step = record.get("step")
@@ -159,7 +179,7 @@ def _event(record: Facts) -> Event:
 # -------------------------------------------------------------------- Checkpoints and samples
 
 
-def _checkpoints(path: pathlib.Path) -> tuple[list[Facts], str]:
+def _checkpoints(path: Place) -> tuple[list[Facts], str]:
   """(checkpoints, newest last, with those set aside; what kept them from being read)."""
   if not path.is_dir():
     return [], ""
@@ -176,23 +196,16 @@ def _checkpoints(path: pathlib.Path) -> tuple[list[Facts], str]:
         pass
       rows.append(row)
     aside = path / checkpoint.ASIDE
-    rows += [{"step": None, "name": entry.name, "bytes": _size(entry), "tokens": None,
-              "problem": "set aside"} for entry in sorted(aside.glob("*"))]
+    rows += [{"step": None, "name": name, "bytes": _size(aside / name), "tokens": None,
+              "problem": "set aside"} for name in places.names(aside)]
   except (UserError, OSError) as error:
     return rows, f"checkpoints cannot be read: {error}"
   return rows, ""
 
 
-def _size(folder: pathlib.Path) -> int:
+def _size(folder: Place) -> int:
   """Bytes of all files; one that is being cleared away counts nothing."""
-  total = 0
-  for root, _, names in os.walk(folder):
-    for name in names:
-      try:
-        total += os.lstat(os.path.join(root, name)).st_size
-      except OSError:
-        pass
-  return total
+  return sum(places.sizes(folder).values())
 
 
 def _samples(logged: Sequence[Facts]) -> tuple[list[Facts], str]:

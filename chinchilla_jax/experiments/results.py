@@ -18,7 +18,7 @@ from typing import Any
 
 from chinchilla_jax.config_io import shown
 from chinchilla_jax.errors import UserError
-from chinchilla_jax.experiments import sweep
+from chinchilla_jax.experiments import run_state, sweep
 from chinchilla_jax.model import flops, shapes
 from chinchilla_jax.training.run_folder import RunFolder
 
@@ -35,7 +35,7 @@ class Row:
   """
 
   id: str
-  status: str                   # one of sweep.STATES
+  status: str                   # one of run_state.STATES
   reason: str                   # why it failed, in one line; "" otherwise
   overrides: dict               # what sets this run apart, by dotted field
   seed: int
@@ -108,9 +108,9 @@ class _turn:
       os.close(self._file)
 
 
-def row_of(member: sweep.Member, folder: pathlib.Path, state: str | None = None) -> Row:
-  """The row of a member of the sweep in `folder`; `state` if it is known already."""
-  state = state or sweep.state_of(member)
+def row_of(member: sweep.Member, folder: pathlib.Path) -> Row:
+  """The row of a member of the sweep in `folder`."""
+  state = sweep.state_of(member)
   run, model = RunFolder(member.folder), member.experiment.model
   records = run.read_metrics()
   train = [record for record in records if record.get("kind") == "train"]
@@ -126,7 +126,7 @@ def row_of(member: sweep.Member, folder: pathlib.Path, state: str | None = None)
   spent = {f"flops_{name}": flops.training(model, tokens, member.experiment.data.seq_len, name)
            for name in flops.CONVENTIONS}
   return Row(
-      id=member.id, status=state, reason=sweep.reason(member) if state == "failed" else "",
+      id=member.id, status=state.state, reason=state.reason,
       overrides=member.overrides, seed=member.experiment.seed, fingerprint=member.fingerprint,
       store_fingerprint=member.store_fingerprint, params_table_a9=n_params,
       params_non_embedding=n_params - shapes.parameter_groups(model)["embedding"],
@@ -213,9 +213,9 @@ def _row(line: str, where: str) -> Row:
     if name not in found:
       raise UserError(f"{where}: has no column {name}; {again}")
     values[name] = _value(found[name], kind, f"{where}: {name}")
-  if values["status"] not in sweep.STATES:
+  if values["status"] not in run_state.STATES:
     raise UserError(f"{where}: status is {shown(values['status'])}, and must be one of "
-                    f"{', '.join(sweep.STATES)}")
+                    f"{', '.join(run_state.STATES)}")
   return Row(**values)
 
 

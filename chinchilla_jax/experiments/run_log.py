@@ -7,13 +7,14 @@ import array
 import dataclasses
 import json
 import math
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from chinchilla_jax.errors import UserError
+from chinchilla_jax.storage import logs
+from chinchilla_jax.storage.paths import Place
 
 Facts = dict[str, Any]
 
@@ -50,28 +51,26 @@ class Event:
   text: str
 
 
-def lines(path: pathlib.Path) -> Iterator[Facts | None]:
+def lines(path: Place) -> Iterator[Facts | None]:
   """Records of a JSON lines file; None for a line that is none, such as one cut short."""
   try:
-    file = open(path, "rb")
-  except FileNotFoundError:
-    return
-  except OSError as error:
-    raise UserError(f"{path} cannot be read ({error.strerror}); mend it, or leave this run "
-                    "out") from None
-  with file:
-    for line in file:
+    for line in logs.lines(path):
       try:
         record = json.loads(line)
       except (ValueError, RecursionError):
         record = None
       yield record if isinstance(record, dict) else None
+  except FileNotFoundError:
+    return
+  except OSError as error:
+    raise UserError(f"{path} cannot be read ({error.strerror}); mend it, or leave this run "
+                    "out") from None
 
 
 class Log:
   """metrics.jsonl as columns."""
 
-  def __init__(self, path: pathlib.Path):
+  def __init__(self, path: Place):
     train, evals = _Columns(TRAIN_SERIES), _Columns(EVAL_SERIES)
     self.troubles: list[Event] = []
     self.samples: list[Facts] = []

@@ -37,12 +37,10 @@ from typing import Any
 from chinchilla_jax import config as schema
 from chinchilla_jax import config_file, config_io
 from chinchilla_jax.errors import UserError
-from chinchilla_jax.experiments.progress import STATES, is_running, note_failure, reason, state_of
+from chinchilla_jax.experiments import run_state
 from chinchilla_jax.training import durable
 from chinchilla_jax.training.run_folder import RunFolder
 
-__all__ = ["over", "fixed", "product", "chain", "zipped", "Member", "members", "told", "write",
-           "put", "read", "strangers", "STATES", "is_running", "note_failure", "reason", "state_of"]
 Overrides = dict[str, Any]
 FILE, MEMBER_FILE, LOG, RUNS = "sweep.json", "member.json", "train.log", "runs"
 _SLUG, _VALUE = 72, 24  # Characters of an id that say what is overridden; of one value in it.
@@ -297,6 +295,11 @@ def _slug(overrides: Overrides) -> str:
 
 
 # -------------------------------------------------------------------- On disk
+
+
+def state_of(member: Member) -> run_state.RunState:
+  """How far a member is, from its run's folder alone."""
+  return run_state.of(RunFolder(member.folder), member.total_steps)
 
 
 def write(folder: str | os.PathLike, found: Sequence[Member], config: str,

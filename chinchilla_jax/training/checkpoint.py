@@ -8,13 +8,16 @@
     740.partial/       one being written, or what a crash left of it; never restored
     aside/             what was damaged, or given up in a rollback; nothing deletes it
 
-`saving` writes them. Nothing here writes anything.
+In a bucket the folder has its name from the start: see `remote`. `saving` writes them. Nothing
+here writes anything.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -23,9 +26,11 @@ import orbax.checkpoint as ocp
 from chinchilla_jax import config as schema
 from chinchilla_jax import config_io
 from chinchilla_jax.errors import UserError
-from chinchilla_jax.training import run_folder, seals
+from chinchilla_jax.storage.objects import Unreachable
+from chinchilla_jax.storage.paths import Place, Remote
+from chinchilla_jax.training import remote, run_folder, seals
 
-PARTIAL = ".partial"
+PARTIAL = remote.PARTIAL
 ASIDE = "aside"
 DUTIES = ("evaluation", "sample")  # What can be owed.
 
@@ -37,12 +42,14 @@ _FIELDS = {"step": int, "tokens": int, "owed": list, "skipped": list, "config": 
            "surroundings.versions": dict}
 
 
-def steps(path: pathlib.Path) -> list[int]:
+def steps(path: Place) -> list[int]:
   """Steps of the checkpoints in a folder, damaged ones included, ascending.
 
   Raises:
     UserError: it is a file, or cannot be read. Without it, there are none.
   """
+  if isinstance(path, Remote):
+    return remote.steps(path)
   if not os.path.lexists(path):  # Not Path's, which fails for names that are too long.
     return []
   try:
@@ -53,7 +60,7 @@ def steps(path: pathlib.Path) -> list[int]:
                     "in there; mend it, or move it away") from error
 
 
-def newest_good(path: pathlib.Path, how: str = "full") -> tuple[int | None, dict[int, str]]:
+def newest_good(path: Place, how: str = "full") -> tuple[int | None, dict[int, str]]:
   """The newest checkpoint that is whole, and what is wrong with the newer ones, by step."""
   problems: dict[int, str] = {}
   for step in reversed(steps(path)):
@@ -64,7 +71,7 @@ def newest_good(path: pathlib.Path, how: str = "full") -> tuple[int | None, dict
   return None, problems
 
 
-def problem(path: pathlib.Path, step: int, how: str = "full", share: int = 0,
+def problem(path: Place, step: int, how: str = "full", share: int = 0,
             shares: int = 1) -> str:
   """What is wrong with a checkpoint, in plain words; "" if nothing is. See `seals.problem`."""
   if not (path / str(step)).is_dir():
@@ -74,6 +81,8 @@ def problem(path: pathlib.Path, step: int, how: str = "full", share: int = 0,
     try:
       of = _json(path, step).get("step", step)  # Without one it is of another version.
       found = f"it is of step {of}" if of != step else ""
+    except Unreachable:
+      raise
     except (OSError, ValueError, AttributeError, RecursionError):
       found = "progress.json is damaged"
   return found
@@ -86,7 +95,7 @@ def told(problems: dict[int, str]) -> str:
   return "; ".join([*newest, f"and {more:,} older ones"] if more else newest)
 
 
-def progress(path: pathlib.Path, step: int) -> dict[str, Any]:
+def progress(path: Place, step: int) -> dict[str, Any]:
   """What a checkpoint says of itself: `progress_of`.
 
   Raises:
@@ -100,7 +109,7 @@ def progress(path: pathlib.Path, step: int) -> dict[str, Any]:
   return found
 
 
-def _json(path: pathlib.Path, step: int) -> Any:
+def _json(path: Place, step: int) -> Any:
   return json.loads((path / str(step) / "progress.json").read_text())
 
 
@@ -121,7 +130,7 @@ def _odd(progress: dict[str, Any]) -> str:
   return "" if len(ranges) == len(progress["skipped"]) else "skipped holds no ranges"
 
 
-def restore(path: pathlib.Path, step: int, wanted: Any, whole: bool = False) -> Any:
+def restore(path: Place, step: int, wanted: Any, whole: bool = False) -> Any:
   """Restores the part of the state that `wanted` names.
 
   Args:
@@ -136,16 +145,16 @@ def restore(path: pathlib.Path, step: int, wanted: Any, whole: bool = False) -> 
   """
   where = path / str(step)
   check(path, step, wanted, whole)
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+  with (_here(where, wanted) as state, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader):
     try:
-      return reader.restore(_state(where), args=ocp.args.PyTreeRestore(
+      return reader.restore(state, args=ocp.args.PyTreeRestore(
           item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
           partial_restore=True))
     except Exception as error:  # Orbax wraps what it meets in many ways, Exception among them.
       raise UserError(_unreadable(where, error)) from error
 
 
-def check(path: pathlib.Path, step: int, wanted: Any, whole: bool = False) -> None:
+def check(path: Place, step: int, wanted: Any, whole: bool = False) -> None:
   """Raises what `restore` would raise about shapes and dtypes; `wanted` needs no shardings."""
   where = path / str(step)
   stored = _tree(where)
@@ -154,7 +163,7 @@ def check(path: pathlib.Path, step: int, wanted: Any, whole: bool = False) -> No
     _refuse_more(stored, wanted, str(where))
 
 
-def restore_weights(path: pathlib.Path, step: int, params: Any) -> Any:
+def restore_weights(path: Place, step: int, params: Any) -> Any:
   """Float32 weights for another run: the master copy where there is one, else the parameters.
 
   Args:
@@ -171,20 +180,20 @@ def restore_weights(path: pathlib.Path, step: int, params: Any) -> Any:
   return jax.tree.map(lambda w: w.astype("float32"), restored["params"])
 
 
-def check_weights(path: pathlib.Path, step: int, params: Any) -> None:
+def check_weights(path: Place, step: int, params: Any) -> None:
   """Raises what `restore_weights` would raise about shapes; `params` need no shardings."""
   where = path / str(step)
   _compare(_tree(where), _weights(path, step, params), str(where))
 
 
-def _weights(path: pathlib.Path, step: int, params: Any) -> Any:
+def _weights(path: Place, step: int, params: Any) -> Any:
   stored = _tree(path / str(step))
   if "master" in stored.get("optimizer", {}):
     return {"optimizer": {"master": _with_dtypes(params, stored["optimizer"]["master"])}}
   return {"params": _with_dtypes(params, stored.get("params", {}))}
 
 
-def dtypes(path: pathlib.Path, step: int) -> dict[str, list[str]]:
+def dtypes(path: Place, step: int) -> dict[str, list[str]]:
   """The dtypes of a checkpoint, by part of the state: {"params": ["bfloat16"], ...}."""
   found: dict[str, set[str]] = {}
   tree = _tree(path / str(step))
@@ -277,21 +286,27 @@ def moved(progress: dict[str, Any], now: Surroundings) -> list[str]:
 # -------------------------------------------------------------------- Trees
 
 
-def _state(where: pathlib.Path) -> pathlib.Path:
-  return (where / "state").absolute()
+@contextlib.contextmanager
+def _here(where: Place, wanted: Any = None) -> Iterator[pathlib.Path]:
+  """The folder of a checkpoint's arrays, on a disk; from a bucket, see `remote.fetched`."""
+  if isinstance(where, Remote):
+    with remote.fetched(where, wanted) as folder:
+      yield folder / "state"
+  else:
+    yield (where / "state").absolute()
 
 
-def _tree(where: pathlib.Path) -> dict[str, Any]:
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+def _tree(where: Place) -> dict[str, Any]:
+  with _here(where) as state, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
     try:
-      if (found := reader.metadata(_state(where)).item_metadata) is None:
+      if (found := reader.metadata(state).item_metadata) is None:
         raise ValueError("Orbax finds no arrays in it")
       return found.tree
     except Exception as error:  # As in `restore`.
       raise UserError(_unreadable(where, error)) from error
 
 
-def _unreadable(where: pathlib.Path, error: BaseException) -> str:
+def _unreadable(where: Place, error: BaseException) -> str:
   while error.__cause__ is not None:  # What is on top is a page of TensorStore's settings.
     error = error.__cause__
   reason = (str(error).splitlines() or [type(error).__name__])[0][:200]

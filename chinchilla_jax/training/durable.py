@@ -3,9 +3,12 @@
 import os
 import pathlib
 
+from chinchilla_jax.storage import objects
+from chinchilla_jax.storage.paths import Place, Remote
 
-def write(path: pathlib.Path, text: str, suffix: str = ".partial") -> None:
-  """Writes a sibling, flushes it to disk, and renames it over `path`.
+
+def write(path: Place, text: str, suffix: str = ".partial") -> None:
+  """Writes a sibling, flushes it to disk, and renames it over `path`; in a bucket, puts an object.
 
   Args:
     path: of the file.
@@ -15,6 +18,9 @@ def write(path: pathlib.Path, text: str, suffix: str = ".partial") -> None:
   Raises:
     OSError: `path` is then as it was, and no sibling is left.
   """
+  if isinstance(path, Remote):
+    objects.write(path.url, text.encode())
+    return
   partial = path.with_name(path.name + suffix)
   try:
     with open(partial, "w") as file:

@@ -21,6 +21,7 @@ from chinchilla_jax.model import shapes
 from chinchilla_jax.parallel import mesh as mesh_lib
 from chinchilla_jax.parallel import processes
 from chinchilla_jax.parallel.layout import Layout, refuse
+from chinchilla_jax.storage import paths
 from chinchilla_jax.training import (
     checkpoint,
     metrics,
@@ -80,6 +81,7 @@ class Run:
   step: Callable[..., tuple[state_lib.State, dict]]
   evaluate: held_out.HeldOut
   check_lock: Callable[[], None]
+  confirm_lock: Callable[[], None]
   ballot: Callable[[], int]  # The signal that this process has got, or 0.
 
 
@@ -125,7 +127,8 @@ def train(experiment: schema.Experiment, workdir: str | os.PathLike,
       processes disagree, or another one is training there; nothing has been written then. Or the
       loss stayed non-finite, spikes came back, saves kept failing.
   """
-  folder = RunFolder(workdir)
+  with processes.together():
+    folder = RunFolder(workdir)
   made = agreed_plan(experiment, folder)
   mesh = mesh_lib.make(experiment.mesh)
   refuse(experiment, mesh.shape)
@@ -153,7 +156,8 @@ def train(experiment: schema.Experiment, workdir: str | os.PathLike,
       begin = start.choose(made, folder, where, force)  # Another process was at it until now.
     interrupt = stack.enter_context(Interrupt())
     run = Run(made, folder, layout, where, step, evaluate,
-              lock.check if lock else lambda: None, lambda: interrupt.signal or 0)
+              lock.check if lock else lambda: None, lock.confirm if lock else lambda: None,
+              lambda: interrupt.signal or 0)
     try:
       while (outcome := leg(run, begin)).rollback:
         roll_back(run, outcome.rollback, begin.skipped)
@@ -210,8 +214,9 @@ def leg(run: Run, begin: start.Start) -> Outcome:
         say(line)
 
     # -------------------------------------------------------------- Steps
-    saver = saving.Saver(folder.checkpoints, experiment.checkpoint, keep_every, say, folder.note)
-    stack.callback(saver.close)
+    with processes.together():
+      saver = saving.Saver(folder.checkpoints, experiment.checkpoint, keep_every, say, folder.note)
+      stack.callback(saver.close)
     record = recorder.Recorder(experiment, clock, sinks, log_every, step,
                                functools.partial(address.of, sequences))
     requests = ((clock.batches.cursor(s), clock.batches.sequences(s))
@@ -225,13 +230,17 @@ def leg(run: Run, begin: start.Start) -> Outcome:
         note_hang if processes.is_main() else lambda text: None))
     stack.enter_context(jax.transfer_guard("disallow"))
 
+    def before_save() -> None:
+      run.confirm_lock()
+      record.flush()
+
     def save() -> None:
       with processes.together():
         run.check_lock()
       # Before checkpoint s is complete, every line up to s is on disk.
       saver.save(step, state, checkpoint.progress_of(
           experiment, made.fingerprints, step, clock.tokens(step), run.where,
-          [list(one) for one in begin.skipped], list(owed)), record.flush)
+          [list(one) for one in begin.skipped], list(owed)), before_save)
       record.resume()
 
     def pay() -> None:
@@ -331,7 +340,8 @@ def agreed_plan(experiment: schema.Experiment, folder: RunFolder) -> Plan:
   processes.agree({
       **{f"config.{name}": value for name, value in config_io.flat(experiment).items()},
       "the store's fingerprint": made.store.fingerprint,
-      "the folder of the run": folder.path.name,
+      "the folder of the run": (str(folder.path) if paths.is_remote(folder.path)
+                                else folder.path.name),
       "the number of devices": jax.local_device_count(),
       **{f"the version of {name}": version for name, version in run_folder.versions().items()},
   })

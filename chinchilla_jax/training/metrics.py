@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-import os
+import pathlib
 import time
 from typing import Any
 
@@ -10,53 +10,55 @@ import rich.console
 import rich.progress
 
 from chinchilla_jax.errors import UserError
+from chinchilla_jax.storage import logs, objects, paths
+from chinchilla_jax.storage.paths import Place, Remote
 
 Record = dict[str, Any]
 
 
 class JsonLines:
-  """metrics.jsonl: one JSON object a line, appended as it comes.
+  """metrics.jsonl: one JSON object a line, appended as it comes (`storage.logs`)."""
 
-  While the disk is full, lines wait in memory, and none is lost or written twice.
-  """
-
-  def __init__(self, path):
-    self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    self._waiting = b""
+  def __init__(self, path: Place):
+    self._log = logs.appending(path)
 
   def write(self, record: Record) -> None:
-    self._waiting += json.dumps(record).encode() + b"\n"
-    with contextlib.suppress(OSError):  # `flush` tells.
-      self._push()
+    self._log.write(json.dumps(record).encode() + b"\n")
 
   def flush(self) -> None:
-    """Returns when every line is on disk.
+    """Returns when every line is safe.
 
     Raises:
-      OSError: the disk took no more; what it did not take still waits.
+      OSError: the disk took no more, or the bucket; what it did not take waits.
     """
-    self._push()
-    os.fsync(self._file)
+    self._log.flush()
 
   def close(self) -> None:
-    with contextlib.suppress(OSError):
-      self.flush()
-    os.close(self._file)
-
-  def _push(self) -> None:
-    while self._waiting:
-      self._waiting = self._waiting[os.write(self._file, self._waiting):]
+    self._log.close()
 
 
 class TensorBoard:
-  """Event files, one tag a number."""
+  """Event files, one tag a number. A bucket gets one at every flush: TensorBoard reads many."""
 
-  def __init__(self, path, step: int):
-    import tensorboardX
+  def __init__(self, path: Place, step: int):
     # Points after the step that a run restarts from are not shown twice.
-    self._writer = tensorboardX.SummaryWriter(str(path), purge_step=step + 1)
+    self._path, self._purge = path, step + 1
+    self._scratch = paths.Scratch() if isinstance(path, Remote) else None
+    self._files, self._writer = 0, None
+    if self._scratch is None:
+      self._open()
+
+  def _open(self) -> None:
+    import tensorboardX
+    folder = self._scratch.path if self._scratch else self._path
+    suffix = f".{self._files:06d}" if self._scratch else ""
+    self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=self._purge,
+                                              filename_suffix=suffix)
+    self._files, self._purge = self._files + 1, None
 
   def write(self, record: Record) -> None:
+    if self._writer is None:
+      self._open()
     if record["kind"] == "sample":
       self._writer.add_text("sample", record["prompt"] + record["text"], record["step"])
       return
@@ -65,10 +67,23 @@ class TensorBoard:
         self._writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
   def flush(self) -> None:
-    self._writer.flush()
+    if self._scratch is None:
+      self._writer.flush()
+      return
+    if self._writer is not None:
+      self._writer.close()
+      self._writer = None
+    for file in sorted(self._scratch.path.iterdir()):
+      objects.upload(file, (self._path / file.name).url)
+      file.unlink()
 
   def close(self) -> None:
-    self._writer.close()
+    if self._scratch is None:
+      self._writer.close()
+      return
+    with contextlib.suppress(OSError):
+      self.flush()
+    self._scratch.remove()
 
 
 class WeightsAndBiases:
@@ -80,7 +95,9 @@ class WeightsAndBiases:
     except ImportError:
       raise UserError("config.logging.wandb: wandb is not installed; pip install wandb, or leave "
                       "the field empty") from None
-    self._run = wandb.init(project=project, name=name, dir=str(folder), id=name, resume="allow",
+    # A bucket holds none of its files: W&B keeps them in ./wandb.
+    place = str(folder) if isinstance(folder, pathlib.Path) else None
+    self._run = wandb.init(project=project, name=name, dir=place, id=name, resume="allow",
                            config=config)
 
   def write(self, record: Record) -> None:

@@ -1,4 +1,4 @@
-"""The folder of one run.
+"""The folder of one run, on a disk or in a bucket.
 
   config.json                the resolved config, library versions and git commit; --config takes it
   metrics.jsonl              one line a step, one an evaluation, one for each odd event of a step
@@ -8,6 +8,8 @@
   checkpoints/               see `checkpoint`
   tensorboard/               event files
   .lock                      held by the process that trains here
+
+In a bucket, the logs are in parts (`storage.logs`), and a lease takes the place of the lock.
 """
 
 import contextlib
@@ -18,17 +20,20 @@ import os
 import pathlib
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import chinchilla_jax
 from chinchilla_jax import config as schema
 from chinchilla_jax import config_io
 from chinchilla_jax.errors import UserError
+from chinchilla_jax.storage import logs, objects, paths
+from chinchilla_jax.storage.paths import Place, Remote
 from chinchilla_jax.training import durable
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "sentencepiece",
               "tensorflow-datasets", "array-record", "ml-collections", "numpy")
+_PATIENCE = 5.0  # Seconds that a line of the journal may hold up a run.
 
 
 def versions() -> dict[str, str | None]:
@@ -63,14 +68,14 @@ class RunFolder:
   """Paths in a run's folder, and its files.
 
   Raises:
-    UserError: the path is remote.
+    UserError: the path is remote, and there is no such bucket, or it cannot be reached.
   """
 
-  def __init__(self, path: str | os.PathLike):
-    if "://" in str(path):
-      raise UserError(f"--workdir: {str(path)!r} is remote; keep the run's folder on a disk that "
-                      "is mounted here")
-    self.path = pathlib.Path(path)
+  def __init__(self, path: str | os.PathLike | Remote):
+    try:
+      self.path = paths.at(path)
+    except UserError as error:
+      raise UserError(f"--workdir: {error}") from error
     self.config = self.path / "config.json"
     self.metrics = self.path / "metrics.jsonl"
     self.rolled_back = self.path / "metrics.rolled_back.jsonl"
@@ -78,6 +83,7 @@ class RunFolder:
     self.rollbacks = self.path / "rollbacks.json"
     self.checkpoints = self.path / "checkpoints"
     self.tensorboard = self.path / "tensorboard"
+    self._notes: logs.Parts | None = None
 
   def create(self) -> None:
     """Makes the folder.
@@ -85,6 +91,8 @@ class RunFolder:
     Raises:
       UserError: it cannot be made, or is a file.
     """
+    if isinstance(self.path, Remote):
+      return  # Objects need no folder.
     if os.path.isfile(self.path):
       raise UserError(f"--workdir: {self.path} is a file; choose another place")
     with _telling(self.path):
@@ -103,7 +111,7 @@ class RunFolder:
     Raises:
       UserError: the folder is not a run.
     """
-    if not os.path.isfile(self.config):  # Not Path's, which fails for names that are too long.
+    if not paths.is_file(self.config):
       raise UserError(f"--workdir: {str(self.path)!r} is not a run's folder (it has no "
                       "config.json); give the folder that `chinchilla train` wrote")
     try:
@@ -121,31 +129,47 @@ class RunFolder:
       step: of the newest line that stays.
       keep: whether what is cut goes into metrics.rolled_back.jsonl.
     """
-    if not self.metrics.is_file():
-      return
-    kept, cut = [], []
-    for record in _records(self.metrics):
-      (kept if record.get("step", step + 1) <= step else cut).append(json.dumps(record) + "\n")
     with _telling(self.metrics):
-      if keep and cut:
-        with open(self.rolled_back, "a") as file:
-          file.write("".join(cut))
-      durable.write(self.metrics, "".join(kept))
+      logs.fold(self.metrics)
+      changed, all_cut = [], []
+      for piece in reversed(logs.pieces(self.metrics)):
+        kept, cut = [], []
+        for record in _records(logs.lines_of(piece)):
+          (kept if record.get("step", step + 1) <= step else cut).append(json.dumps(record) + "\n")
+        if not cut and piece != self.metrics:
+          break  # Older parts hold older steps.
+        changed.append((piece, kept))
+        all_cut[:0] = cut
+      if keep and all_cut:
+        log = logs.appending(self.rolled_back)
+        log.write("".join(all_cut).encode())
+        log.flush()
+        log.close()
+      for piece, kept in changed:
+        if kept or piece == self.metrics:
+          durable.write(piece, "".join(kept))
+        else:
+          piece.unlink()
 
   def read_metrics(self) -> list[dict[str, Any]]:
     """Every record of metrics.jsonl, in order, but for a line that a crash cut short."""
-    return list(_records(self.metrics))
+    return list(_records(logs.lines(self.metrics)))
 
   def note(self, event: str, **facts: Any) -> None:
     """Adds a line to the journal. A disk that has no room for it stops nothing."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     line = json.dumps({"event": event, "time": now, **facts}) + "\n"
-    with contextlib.suppress(OSError), open(self.journal, "a") as file:
-      file.write(line)
+    with contextlib.suppress(OSError):
+      if isinstance(self.journal, Remote):
+        self._notes = self._notes or logs.Parts(self.journal)
+        self._notes.write_now(line.encode(), _PATIENCE)
+      else:
+        with open(self.journal, "a") as file:
+          file.write(line)
 
   def read_journal(self) -> list[dict[str, Any]]:
     """Every event of the journal, in order."""
-    return list(_records(self.journal))
+    return list(_records(logs.lines(self.journal)))
 
   def read_rollbacks(self) -> list[dict[str, Any]]:
     """The rollbacks of this run, in order; each has `skipped`, [first sequence, count].
@@ -153,7 +177,7 @@ class RunFolder:
     Raises:
       UserError: the file is damaged: which batches were left out is not known then.
     """
-    if not os.path.isfile(self.rollbacks):
+    if not paths.is_file(self.rollbacks):
       return []
     try:
       found = json.loads(self.rollbacks.read_text())
@@ -161,6 +185,8 @@ class RunFolder:
                  and min(one["skipped"]) >= 0 for one in found):
         raise ValueError
       return found
+    except objects.Unreachable:
+      raise
     except (OSError, ValueError, KeyError, TypeError) as error:
       raise UserError(f"{self.rollbacks} is damaged, so it is not known which batches this run "
                       "left out; bring back a copy, or start a new run with another "
@@ -173,7 +199,7 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def _telling(path: pathlib.Path) -> Iterator[None]:
+def _telling(path: Place) -> Iterator[None]:
   try:
     yield
   except OSError as error:
@@ -181,14 +207,11 @@ def _telling(path: pathlib.Path) -> Iterator[None]:
                     "or choose another place") from error
 
 
-def _records(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-  if not path.is_file():
-    return
-  with open(path, errors="replace") as file:
-    for line in file:
-      try:
-        record = json.loads(line)
-      except json.JSONDecodeError:  # Cut short by a crash.
-        continue
-      if isinstance(record, dict):
-        yield record
+def _records(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+  for line in lines:
+    try:
+      record = json.loads(line.decode(errors="replace"))
+    except json.JSONDecodeError:  # Cut short by a crash.
+      continue
+    if isinstance(record, dict):
+      yield record

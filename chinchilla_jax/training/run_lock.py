@@ -1,9 +1,9 @@
 """One process on a run's folder: a lock of the kernel, or a lease where there is none.
 
-The kernel's lock goes with its process, however that ends. File systems without locks (some
-network disks) get a lease instead: a file that its holder renews all the time, and that others may
-take over once it has stood still for as long as it is good. They measure that by their own clock,
-so no two clocks have to agree.
+The kernel's lock goes with its process, however that ends. Buckets, and file systems without locks
+(some network disks), get a lease instead: a file that its holder renews all the time, and that
+others may take over once it has stood still for as long as it is good. They measure that by their
+own clock, so no two clocks have to agree.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from chinchilla_jax.errors import UserError
+from chinchilla_jax.storage.paths import Place, Remote
 from chinchilla_jax.training import durable
 
 FILE, LEASE = ".lock", "lease.json"
@@ -59,6 +60,9 @@ class KernelLock:
   def check(self) -> None:
     """Nobody takes this lock from a process that lives."""
 
+  def confirm(self) -> None:
+    """It is held."""
+
   def release(self) -> None:
     file, self._file = self._file, -1
     if file >= 0:
@@ -71,16 +75,19 @@ class Lease:
   Args:
     folder: must be there.
     force: take it over at once, whoever holds it.
-    seconds: that it is good for without being renewed.
+    seconds: that it is good for without being renewed; `SECONDS` by default.
 
   Raises:
     UserError: another process holds it, and renews it; says which.
   """
 
-  def __init__(self, folder: pathlib.Path, force: bool = False, seconds: float = SECONDS):
+  def __init__(self, folder: Place, force: bool = False, seconds: float | None = None):
+    seconds = SECONDS if seconds is None else seconds
     self._path, self._seconds = folder / LEASE, seconds
     self._id, self._count = uuid.uuid4().hex, 0
     self._lost = ""  # To whom.
+    # A bucket that is out of reach for a while is no reason to end a run: see `confirm`.
+    self._patient, self._taking = isinstance(folder, Remote), threading.Lock()
     held = self._read()
     if held and not force:
       print(f"note: {folder} was last used by {_who(held)}; looking for {seconds:g} s whether it "
@@ -109,13 +116,24 @@ class Lease:
       UserError: the lease has been taken over, or could not be renewed.
     """
     # Its age comes first: it needs no file system, and after a sleep this may run before `_renew`.
-    if not self._lost and not self._good():
+    if not self._lost and not self._good() and not self._patient:
       self._lost = _LATE
     if not self._lost and self._owner() not in (self._id, None):
       self._lost = _who(self._read())
     if self._lost:
       raise UserError(f"the lease on {self._path.parent} was lost to {self._lost}; this process "
                       "stops, its checkpoints stand")
+
+  def confirm(self) -> None:
+    """Call it right before anything is written for others to see; after `check`.
+
+    Raises:
+      OSError: it is not known whether another process has taken the lease over meanwhile.
+    """
+    if not self._good():
+      self._retake()
+    if not self._good():
+      raise OSError(errno.EIO, "the lease could not be renewed in time", str(self._path))
 
   def release(self) -> None:
     self._over.set()
@@ -134,17 +152,37 @@ class Lease:
           self._lost = _who(self._read())
           return
         # A process that was stopped for longer may find it free, but must not take it back.
-        if self._good():
+        if not self._good() and self._patient:
+          self._retake()
+        elif self._good():
           started = time.monotonic()
           self._write()
           if self._good():
             self._renewed = started  # Others may have seen it from then on.
-          elif self._owner() == self._id:
+          elif not self._patient and self._owner() == self._id:
             self._path.unlink()  # That was too late: whoever has it by now writes it again.
       except OSError:
         pass
-      if not self._good():
+      if not self._good() and not self._patient:
         self._lost = self._lost or _LATE
+
+  def _retake(self) -> None:
+    """Renews a lease that has run out, where the file is still this one's: nobody can have held it
+    meanwhile. As at the start, of several that write now, the last one has it."""
+    with self._taking:
+      if self._good() or self._lost:
+        return
+      found = self._read()
+      if _id_of(found) != self._id:
+        self._lost = _who(found)
+        return
+      started = time.monotonic()
+      self._write()
+      time.sleep(self._seconds / 10)
+      if self._owner() == self._id:
+        self._renewed = started
+      elif self._owner() is not None:
+        self._lost = _who(self._read())
 
   def _write(self) -> None:
     self._count += 1
@@ -160,13 +198,13 @@ class Lease:
   def _owner(self) -> str | None:
     """The id in the file; None if there is none to be read."""
     try:
-      return json.loads(self._read())["id"]
-    except (ValueError, KeyError, TypeError, OSError):
+      return _id_of(self._read())
+    except OSError:
       return None
 
 
 @contextlib.contextmanager
-def held(folder: pathlib.Path, force: bool = False) -> Iterator[KernelLock | Lease]:
+def held(folder: Place, force: bool = False) -> Iterator[KernelLock | Lease]:
   """Holds a folder, which must be there, for this process.
 
   Args:
@@ -174,18 +212,22 @@ def held(folder: pathlib.Path, force: bool = False) -> Iterator[KernelLock | Lea
     force: take over a lease at once; of a kernel's lock it changes nothing.
 
   Yields:
-    Something with `check()`, to be called before every save.
+    Something with `check()` and `confirm()`, to be called before every save.
 
   Raises:
     UserError: another process holds it, or nothing can be written there.
   """
   try:
-    try:
-      lock: KernelLock | Lease = KernelLock(folder)
-    except OSError as error:
-      if error.errno not in _NO_LOCKS:
-        raise
+    lock: KernelLock | Lease
+    if isinstance(folder, Remote):
       lock = Lease(folder, force)
+    else:
+      try:
+        lock = KernelLock(folder)
+      except OSError as error:
+        if error.errno not in _NO_LOCKS:
+          raise
+        lock = Lease(folder, force)
   except OSError as error:
     raise UserError(f"--workdir: {folder} cannot be written ({error.strerror}); choose another "
                     "place") from error
@@ -193,6 +235,13 @@ def held(folder: pathlib.Path, force: bool = False) -> Iterator[KernelLock | Lea
     yield lock
   finally:
     lock.release()
+
+
+def _id_of(content: bytes) -> str | None:
+  try:
+    return json.loads(content)["id"]
+  except (ValueError, KeyError, TypeError):
+    return None
 
 
 def _me() -> dict[str, Any]:

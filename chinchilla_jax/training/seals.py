@@ -9,39 +9,40 @@ anything is restored from it. What one process wrote, one process reads: no host
 import concurrent.futures
 import hashlib
 import json
-import os
 import pathlib
 import re
 from collections.abc import Iterable
 from typing import Any
 
 from chinchilla_jax.config_io import shorten, shown
+from chinchilla_jax.storage import objects, paths
+from chinchilla_jax.storage.paths import Place, Remote
 from chinchilla_jax.training import durable
 
 FOLDER = "seals"
 _WRITERS = 8  # Threads that hash: the interpreter's lock is free meanwhile.
 
 
-def write(folder: pathlib.Path, process: int, processes: int) -> None:
+def write(folder: pathlib.Path, process: int, processes: int, alone: bool = False) -> None:
   """Seals the files of a checkpoint that one process wrote.
 
   Args:
     folder: of the checkpoint.
     process: this one, from 0; process 0 also seals what belongs to nobody else.
     processes: that wrote this checkpoint, and so seals that it must have.
+    alone: whether no other process writes into this folder.
 
   Raises:
     OSError: the files could not be read, or the seal not be written.
   """
-  names = [name for name in _files(folder) if _owner(name) == process]
-  paths = [folder / name for name in names]
+  names = [name for name in _files(folder) if alone or _owner(name) == process]
   with concurrent.futures.ThreadPoolExecutor(_WRITERS) as pool:
-    digests = list(pool.map(_sha256, paths))
-  files = {name: {"bytes": path.stat().st_size, "sha256": digest}
-           for name, path, digest in zip(names, paths, digests, strict=True)}
+    digests = list(pool.map(_sha256, [folder / name for name in names]))
+  entries = {name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
+             for name, digest in zip(names, digests, strict=True)}
   (folder / FOLDER).mkdir(exist_ok=True)
-  durable.write(folder / FOLDER / f"{process}.json",
-                json.dumps({"process": process, "processes": processes, "files": files}, indent=1))
+  durable.write(folder / FOLDER / f"{process}.json", json.dumps(
+      {"process": process, "processes": processes, "files": entries}, indent=1))
 
 
 def complete(folder: pathlib.Path, processes: int) -> bool:
@@ -49,7 +50,29 @@ def complete(folder: pathlib.Path, processes: int) -> bool:
   return all((folder / FOLDER / f"{process}.json").is_file() for process in range(processes))
 
 
-def problem(folder: pathlib.Path, how: str = "full", share: int = 0, shares: int = 1) -> str:
+def files(folder: Place) -> dict[str, dict[str, Any]]:
+  """What the seals tell of every file, by its name: {"bytes": ..., "sha256": ...}.
+
+  Raises:
+    OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError: they are not whole.
+  """
+  processes = _read(folder, 0)["processes"]
+  there = sum(name.endswith(".json") for name in paths.names(folder / FOLDER))
+  # One that a flipped bit in the count asks for is missing, and says so when it is read.
+  seals = objects.each(lambda one: _read(folder, one), range(min(processes, there + 1)))
+  found: dict[str, dict[str, Any]] = {}
+  for process, seal in enumerate(seals):
+    if (seal["process"], seal["processes"]) != (process, processes):
+      raise _Mixed
+    found |= seal["files"]
+  return found
+
+
+class _Mixed(ValueError):
+  """Seals of several checkpoints."""
+
+
+def problem(folder: Place, how: str = "full", share: int = 0, shares: int = 1) -> str:
   """What is wrong with a checkpoint, in plain words; "" if nothing is.
 
   Args:
@@ -57,35 +80,34 @@ def problem(folder: pathlib.Path, how: str = "full", share: int = 0, shares: int
     how: "full" compares checksums, "sizes" only looks at the files' sizes.
     share: which part of the checksums to compare, of `shares`: processes divide the work.
   """
-  files: dict[str, dict[str, Any]] = {}
   try:
     processes = _read(folder, 0)["processes"]
-    there = {path.name for path in (folder / FOLDER).glob("*.json")}
+    there = {name for name in paths.names(folder / FOLDER) if name.endswith(".json")}
     # A flipped bit in the count must not leave seals unread, and so files unseen.
     if there > {f"{process}.json" for process in range(processes)}:
       return f"there are more seals in {FOLDER}/ than the {processes} that there should be"
-    for process in range(processes):
-      seal = _read(folder, process)
-      if (seal["process"], seal["processes"]) != (process, processes):
-        return f"the seals in {FOLDER}/ are not of one checkpoint"
-      files |= seal["files"]
     expected = [(name, int(entry["bytes"]), str(entry["sha256"]))
-                for name, entry in sorted(files.items())]
+                for name, entry in sorted(files(folder).items())]
+  except objects.Unreachable:  # That says nothing of the checkpoint.
+    raise
   except FileNotFoundError as error:
     return f"{FOLDER}/{pathlib.Path(error.filename).name} is missing"
+  except _Mixed:
+    return f"the seals in {FOLDER}/ are not of one checkpoint"
   except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
     return f"a file in {FOLDER}/ is damaged"
+  sizes = paths.sizes(folder)
   for name, size, _ in expected:
     if pathlib.PurePosixPath(name).is_absolute() or ".." in name.split("/"):
       return f"its seal names a file outside of it, {shown(name)}"
-    if not os.path.isfile(folder / name):  # Not Path's, which fails for names too long.
+    if name not in sizes:
       return f"{shorten(name)} is missing"
-    if (now := (folder / name).stat().st_size) != size:
-      return f"{name} has {now:,} bytes instead of {size:,}"
+    if sizes[name] != size:
+      return f"{name} has {sizes[name]:,} bytes instead of {size:,}"
   if how == "full":
     mine = expected[share::shares]
     with concurrent.futures.ThreadPoolExecutor(_WRITERS) as pool:
-      digests = pool.map(_digest_or_error, [folder / name for name, _, _ in mine])
+      digests = pool.map(lambda entry: _digest_or_error(folder / entry[0], entry[1]), mine)
       for (name, _, wanted), (digest, error) in zip(mine, digests, strict=True):
         if error:
           return f"{name} cannot be read ({error})"
@@ -94,7 +116,7 @@ def problem(folder: pathlib.Path, how: str = "full", share: int = 0, shares: int
   return ""
 
 
-def _read(folder: pathlib.Path, process: int) -> dict[str, Any]:
+def _read(folder: Place, process: int) -> dict[str, Any]:
   return json.loads((folder / FOLDER / f"{process}.json").read_text())
 
 
@@ -116,8 +138,15 @@ def _sha256(path: pathlib.Path) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _digest_or_error(path: pathlib.Path) -> tuple[str, str]:
+def _digest_or_error(path: Place, size: int) -> tuple[str, str]:
   try:
-    return _sha256(path), ""
+    if not isinstance(path, Remote):
+      return _sha256(path), ""
+    digest = hashlib.sha256()
+    for block in objects.blocks(path.url, size):
+      digest.update(block)
+    return digest.hexdigest(), ""
+  except objects.Unreachable:
+    raise
   except OSError as error:
     return "", error.strerror or str(error)

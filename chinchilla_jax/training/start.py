@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,8 @@ import numpy as np
 from chinchilla_jax.errors import UserError
 from chinchilla_jax.parallel import processes
 from chinchilla_jax.parallel.layout import Layout
-from chinchilla_jax.training import checkpoint, durable
+from chinchilla_jax.storage.paths import Place, Remote
+from chinchilla_jax.training import checkpoint, durable, remote
 from chinchilla_jax.training import state as state_lib
 from chinchilla_jax.training.run_folder import RunFolder
 
@@ -130,8 +130,11 @@ def set_aside(folder: RunFolder, aside: Sequence[tuple[int, str, str]]) -> list[
     for step, kind, why in aside if processes.is_main() else ():
       target = _free(folder.checkpoints / checkpoint.ASIDE, f"{step}-{kind}")
       try:
-        target.parent.mkdir(exist_ok=True)
-        durable.rename(folder.checkpoints / str(step), target)
+        if isinstance(target, Remote):
+          remote.set_aside(folder.checkpoints, step, target)
+        else:
+          target.parent.mkdir(exist_ok=True)
+          durable.rename(folder.checkpoints / str(step), target)
       except OSError as error:
         raise UserError(f"{folder.checkpoints / str(step)} is {kind} ({why}) and cannot be moved "
                         f"aside ({error.strerror}); move it away") from error
@@ -140,7 +143,7 @@ def set_aside(folder: RunFolder, aside: Sequence[tuple[int, str, str]]) -> list[
   return lines
 
 
-def _free(folder: pathlib.Path, name: str) -> pathlib.Path:
+def _free(folder: Place, name: str) -> Place:
   for number in range(1, 1000):
     path = folder / (name if number == 1 else f"{name}-{number}")
     if not path.exists():

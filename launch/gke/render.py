@@ -2,8 +2,9 @@
 """Prints the manifest of a run on GKE: a JobSet for TPU slices, an indexed Job for GPU nodes.
 
   launch/gke/render.py --name=c70b --image=REGISTRY/chinchilla:1.0 --topology=v5p:8x8x8 \\
-    --bucket=my-bucket --service-account=trainer -- \\
-    --config=configs/chinchilla.py:70b --workdir=/mnt/gcs/my-bucket/runs/70b | kubectl apply -f -
+    --service-account=trainer -- --config=configs/chinchilla.py:70b \\
+    --workdir=gs://my-bucket/runs/70b --config.data.store=gs://my-bucket/stores/text \\
+    | kubectl apply -f -
 
 What follows -- are the arguments of `chinchilla train`. The config is loaded and laid over the
 devices here, so that one that does not fit is refused before there is anything in the cluster.
@@ -141,6 +142,8 @@ def _pod(args: argparse.Namespace, train: Sequence[str], selector: Tree,
           "volumeMounts": [{"name": "runs", "mountPath": mount}]}],
       "volumes": [{"name": "runs", **volume}]}
   pod: Tree = {"metadata": {"labels": {"app": args.name}}, "spec": spec}
+  if not args.bucket and not args.claim:
+    env.append({"name": "CHINCHILLA_CACHE", "value": mount})
   if args.bucket:
     # GKE puts the container that mounts the bucket beside ours.
     pod["metadata"]["annotations"] = {"gke-gcsfuse/volumes": "true"}
@@ -163,7 +166,10 @@ def _disk(args: argparse.Namespace) -> tuple[str, Tree]:
         "driver": "gcsfuse.csi.storage.gke.io",
         "volumeAttributes": {"bucketName": args.bucket,
                              "mountOptions": f"implicit-dirs,uid={USER},gid={USER}"}}}
-  return "/mnt/claim", {"persistentVolumeClaim": {"claimName": args.claim}}
+  if args.claim:
+    return "/mnt/claim", {"persistentVolumeClaim": {"claimName": args.claim}}
+  # The run is at a URL: room on the node for the store, and for a part of a checkpoint.
+  return "/cache", {"emptyDir": {}}
 
 
 def _metadata(args: argparse.Namespace) -> Tree:
@@ -193,9 +199,8 @@ def _check(args: argparse.Namespace, train: Sequence[str], found: topology.Slice
   if args.image.endswith(":latest"):
     raise UserError("--image: 'latest' may change while the run goes on; give another tag, or "
                     "IMAGE@sha256:...")
-  if bool(args.bucket) == bool(args.claim):
-    raise UserError("no place for the run that all machines see; give --bucket=NAME or "
-                    "--claim=NAME (a PersistentVolumeClaim that many nodes can write), one of them")
+  if args.bucket and args.claim:
+    raise UserError("--bucket and --claim: two places for the run; give one of them")
   if args.bucket and not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]", args.bucket):
     raise UserError(f"--bucket: {args.bucket!r} is not a bucket's name")
   if args.bucket and not args.service_account:
@@ -224,14 +229,20 @@ def _check_train(args: argparse.Namespace, train: Sequence[str], found: topology
   if unknown:
     raise UserError(f"after --: {unknown[0]} is not for here; processes find each other by "
                     "themselves")
-  mount = _disk(args)[0]
-  if parsed.workdir is None or not parsed.workdir.startswith(f"{mount}/"):
-    raise UserError(f"--workdir: {parsed.workdir or 'none given'}; all machines must see it, so "
-                    f"give a folder in {mount}")
+  mounted, workdir = args.bucket or args.claim, parsed.workdir or ""
+  mount = _disk(args)[0] if mounted else "gs://BUCKET"
+  if not workdir.startswith(f"{mount}/" if mounted else ("gs://", "s3://")):
+    raise UserError(f"--workdir: {workdir or 'none given'}; all machines must see it, so give a "
+                    f"folder in {mount}" + ("" if mounted else ", or one that is mounted, with "
+                                            "--bucket=NAME or --claim=NAME"))
+  if not mounted and workdir.startswith("gs://") and not args.service_account:
+    raise UserError("--workdir: as whom? give --service-account=NAME, a Kubernetes service account "
+                    "that may write to that bucket (docs/launch.md)")
   experiment = config_io.load(config, overrides)
-  if not experiment.data.store.startswith("/"):
-    raise UserError(f"config.data.store: {experiment.data.store!r} is a folder of the image; put "
-                    f"the store where all see it: --config.data.store={mount}/stores/...")
+  store = experiment.data.store
+  if "://" not in store and not (mounted and store.startswith("/")):
+    raise UserError(f"config.data.store: {store!r} is a folder of the image; put the store where "
+                    f"all see it: --config.data.store={mount}/stores/...")
   from chinchilla_jax.parallel import mesh
   axes = mesh.sizes(experiment.mesh, found.devices, found.networks)
   rows = axes["slice"] * axes["data"]

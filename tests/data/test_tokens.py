@@ -227,7 +227,7 @@ def test_edited_and_foreign_ledgers_are_refused(copy):
 def test_what_is_no_store_is_refused_with_a_hint(copy, tmp_path):
   refused(tmp_path / "cop", match=f"no token store at .*/cop: did you mean {copy}.* prepare")
   refused(copy / "ledger.json", match="is a file")
-  refused("gs://bucket/store", match="is remote")
+  refused("nosuch://bucket/store", match="is not understood here")
   (tmp_path / "deep" / "empty").mkdir(parents=True)
   refused(tmp_path / "deep" / "empty", match="make it with `chinchilla prepare --config")
   (tmp_path / "deep" / ".empty.preparing").mkdir()

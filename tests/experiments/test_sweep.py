@@ -9,7 +9,7 @@ from tiny import tiny_experiment
 
 from chinchilla_jax import cli, config_io
 from chinchilla_jax.errors import UserError
-from chinchilla_jax.experiments import local, sweep
+from chinchilla_jax.experiments import local, run_state, sweep
 from chinchilla_jax.training import run_lock
 from chinchilla_jax.training.run_folder import RunFolder
 
@@ -186,36 +186,40 @@ def test_states(tiny_run, tmp_path, bench):
   """From the folder alone, each by what makes it so."""
   experiment, whole = tiny_run
   member = sweep.Member(0, "x", {}, experiment, tmp_path / "x", 12, 0, 1, "", "")
-  assert sweep.state_of(member) == "pending"
+  assert sweep.state_of(member).state == "pending"
   folder = RunFolder(member.folder)
   folder.create()
-  assert sweep.state_of(member) == "pending"
+  assert sweep.state_of(member).state == "pending"
   folder.note("start", step=0)
-  assert sweep.state_of(member) == "interrupted"
-  sweep.note_failure(member, "two\nlines")
-  sweep.note_failure(member, "said already")
-  assert sweep.state_of(member) == "failed" and sweep.reason(member) == "two lines"
+  assert sweep.state_of(member).state == "interrupted"
+  run_state.note_failure(folder, "two\nlines")
+  run_state.note_failure(folder, "said already")
+  assert sweep.state_of(member).state == "failed" and sweep.state_of(member).reason == "two lines"
   with run_lock.held(member.folder):
-    assert sweep.state_of(member) == "running"
+    assert sweep.state_of(member).state == "running"
   folder.note("resume", step=0)
-  assert sweep.state_of(member) == "interrupted" and sweep.reason(member) == ""
+  assert sweep.state_of(member).state == "interrupted" and sweep.state_of(member).reason == ""
 
   done = dataclasses.replace(member, folder=whole)
-  assert sweep.state_of(done) == "complete"
-  assert sweep.state_of(dataclasses.replace(done, total_steps=13)) == "interrupted"
+  assert sweep.state_of(done).state == "complete"
+  assert sweep.state_of(dataclasses.replace(done, total_steps=13)).state == "interrupted"
   copy = tmp_path / "copy"
   sweep_copy = dataclasses.replace(member, folder=copy)
   shutil.copytree(whole, copy)
-  assert sweep.state_of(sweep_copy) == "complete"
+  assert sweep.state_of(sweep_copy).state == "complete"
   # An evaluation of the last step that is still owed.
   lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
   (copy / "metrics.jsonl").write_text("".join(
       line for line in lines if not ('"eval"' in line and '"step": 12' in line)))
-  assert sweep.state_of(sweep_copy) == "interrupted"
+  assert sweep.state_of(sweep_copy).state == "interrupted"
   (copy / "metrics.jsonl").write_text("".join(lines))
   # A checkpoint of the last step that lacks a piece.
   next((copy / "checkpoints/12/state").rglob("_METADATA")).unlink()
-  assert sweep.state_of(sweep_copy) == "interrupted"
+  assert sweep.state_of(sweep_copy).state == "interrupted"
+  # All of them were taken away to make room: the journal is believed, of this length.
+  shutil.rmtree(copy / "checkpoints")
+  assert sweep.state_of(sweep_copy).state == "complete"
+  assert sweep.state_of(dataclasses.replace(sweep_copy, total_steps=13)).state == "interrupted"
 
 
 def test_slots_share_nothing(monkeypatch):

@@ -16,7 +16,7 @@ from sweep_bench import Bench, rows_of
 
 from chinchilla_jax import cli
 from chinchilla_jax.errors import UserError
-from chinchilla_jax.experiments import results, sweep
+from chinchilla_jax.experiments import report, results, sweep
 from chinchilla_jax.training import run_lock
 from chinchilla_jax.training.run_folder import RunFolder
 
@@ -73,6 +73,10 @@ def test_runs_rows_and_nothing_twice(serial, bench, capsys, monkeypatch):
     assert (row["starts"], row["cores"]) == (1, 1) and "jax" in row["versions"]
   assert results.read("w") == [results.Row(**row) for row in rows]
   assert results.read("w/results.jsonl", needed=("validation_loss",))[1].id == members[1].id
+
+  # A report takes the whole sweep.
+  assert [run.name for run in report.read(["w"])] == [member.id for member in members]
+  assert [run.summary["state"] for run in report.read(["w"])] == ["complete"] * 2
 
   # Nothing is done twice: no file changes, not even its time.
   before = bench.files()
@@ -169,12 +173,13 @@ def test_stopped_killed_resumed(bench):
   for number, status in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
     process = bench.start(*flags)
     wait_for(lambda reached=reached: steps() > reached, process)
-    assert sweep.state_of(first) == "running"
+    assert sweep.state_of(first).state == "running"
     process.send_signal(number)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == status, out
     assert f"{number.name}: saved" in out and f"{number.name}: saved" in first.log.read_text()
-    assert sweep.state_of(first) == "interrupted" and sweep.state_of(second) == "pending"
+    assert [sweep.state_of(member).state for member in (first, second)] == [
+        "interrupted", "pending"]
     assert steps() > reached
     reached = steps()
     row = rows_of("w")[0]

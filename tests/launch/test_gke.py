@@ -13,6 +13,9 @@ TPU = ["--name=c70b", "--image=r.io/p/chinchilla:1.0", "--topology=v5p:8x8x8",
 GPU = ["--name=c1", "--image=r.io/p/chinchilla:1.0", "--topology=h100:16", "--claim=runs"]
 BUCKET = ["--config=configs/chinchilla.py:70b", "--workdir=/mnt/gcs/my-bucket/runs/70b",
           "--config.data.store=/mnt/gcs/my-bucket/stores/text"]
+URL = [word for word in TPU if not word.startswith("--bucket")]
+OBJECTS = ["--config=configs/chinchilla.py:70b", "--workdir=gs://my-bucket/runs/70b",
+           "--config.data.store=gs://my-bucket/stores/text"]
 CLAIM = ["--config=configs/chinchilla.py:1424m", "--workdir=/mnt/claim/runs/1",
          "--config.data.store=/mnt/claim/stores/text"]
 
@@ -171,6 +174,19 @@ def test_the_bucket_is_mounted_where_the_run_is_told(jobset):
   assert container["args"] == ["train", *BUCKET]
 
 
+def test_a_run_at_a_url_mounts_nothing_but_room_on_the_node():
+  [manifest] = render(URL, OBJECTS)
+  template = job_of(manifest)["spec"]["template"]
+  assert "annotations" not in template["metadata"]
+  assert template["spec"]["serviceAccountName"] == "trainer"
+  assert template["spec"]["automountServiceAccountToken"] is False
+  assert template["spec"]["volumes"] == [{"name": "runs", "emptyDir": {}}]
+  [container] = template["spec"]["containers"]
+  assert container["volumeMounts"] == [{"name": "runs", "mountPath": "/cache"}]
+  assert {"name": "CHINCHILLA_CACHE", "value": "/cache"} in container["env"]
+  assert container["args"] == ["train", *OBJECTS]
+
+
 def test_gpu_nodes_meet_at_pod_0(gpu):
   service, job = gpu
   pod = job["spec"]["template"]["spec"]
@@ -199,7 +215,10 @@ def test_gpu_nodes_meet_at_pod_0(gpu):
      "100 do not divide among slice x data = 64"),
     ([*TPU, "--image=r.io/p/chinchilla"], BUCKET, "has no tag"),
     ([*TPU, "--image=r.io/p/chinchilla:latest"], BUCKET, "may change while the run goes on"),
-    ([*TPU, "--bucket="], BUCKET, "no place for the run that all machines see"),
+    ([*TPU, "--bucket="], BUCKET, "give a folder in gs://BUCKET, or one that is mounted"),
+    ([*URL, "--service-account="], OBJECTS, "--workdir: as whom"),
+    (URL, [*OBJECTS[:2], "--config.data.store=/mnt/gcs/my-bucket/stores/text"],
+     "put the store where all see it: --config.data.store=gs://BUCKET/stores"),
     ([*TPU, "--claim=c"], BUCKET, "one of them"),
     ([*TPU, "--service-account="], BUCKET, "as whom?"),
     ([*TPU, "--name=C70b"], BUCKET, "cannot name anything in Kubernetes"),

@@ -136,7 +136,7 @@ def test_setup_copies_the_commit_and_installs_on_all_machines_at_once(ready, rep
   for home in ready.machines:
     done = (home / "system").read_text()
     assert f"uv venv --quiet --clear --python 3.12 {home}/chinchilla/venv" in done
-    assert f"--editable {home}/chinchilla/src[tpu]" in done
+    assert f"--editable {home}/chinchilla/src[tpu,gcs]" in done
     assert "mount /mnt/gcs/the-bucket" in done
     assert (home / "system-files/etc/fstab").read_text().startswith(
         "the-bucket /mnt/gcs/the-bucket gcsfuse rw,")
@@ -271,7 +271,8 @@ def test_a_dry_run_prints_the_commands_and_runs_none(cloud, tpu_vm):
     (["train", "x"], "no arguments"),
     (["train", "x", "--", "--config=a"], "no --workdir"),
     (["train", "x", "--", "--workdir=runs/a"], "is a folder of each machine"),
-    (["train", "x", "--", "--workdir=gs://b/a"], "give --bucket=NAME and --workdir=/mnt/gcs/NAME"),
+    (["train", "x", "--", "--workdir=gs:///a"], "is not gs://BUCKET/FOLDER"),
+    (["train", "x", "--", "--workdir=s3://b/a"], "give one that all see, such as gs://BUCKET/runs/x"),
     (["train", "x", "--", "--workdir=/mnt/gcs/b/a"], "not on the bucket that is mounted"),
     (["train", "x", "--secret=A=sk-1/2+3==", "--", "--workdir=/a"], "not its value"),
     (["train", "x", "--", "--workdir=/a", "--wandb_api_key=1"], "looks like a secret"),
