@@ -37,7 +37,7 @@ case("fit: negative tokens", f"fit runs.csv {COLUMNS}", r"line 2: d is -1", r"me
      table("1e6,-1e8,3.0"))
 case("fit: one run", f"fit runs.csv {COLUMNS}", r"no approach can be fitted", r"give at least 6",
      table("1e6,1e8,3.0"))
-case("fit: a row twice", f"fit runs.csv {COLUMNS}", r"line 3 says the same as line 2", r"take one of them out",
-     table("1e6,1e8,3.0", "1e6,1e8,3.0"))
+case("fit: a row twice", f"fit runs.csv {COLUMNS}", r"line 3 says the same as line 2",
+     r"take one of them out", table("1e6,1e8,3.0", "1e6,1e8,3.0"))
 case("fit: no such column", f"fit runs.csv {COLUMNS.replace('-column n', '-column z')}",
      r"no column 'z'", r"its columns are n, d, l", table("1e6,1e8,3.0"))
