@@ -3,10 +3,9 @@
 The argument is a row of Table A9 by its size in millions (44m ... 16183m), or 70b.
 """
 
-import math
-
 from chinchilla_jax import config_io
 from chinchilla_jax.model import shapes
+from chinchilla_jax.scaling import transfer
 
 
 def get_config(name="70b"):
@@ -29,15 +28,6 @@ def get_config(name="70b"):
   else:
     config.run_length = "20 tokens/param"
     config.batch.sequences = 128
-    config.optimizer.peak_lr = _peak_lr(shapes.count_parameters(shape))
+    n_params = shapes.count_parameters(shape)  # For 20 tokens each, 6ND is 120 N² FLOPs.
+    config.optimizer.peak_lr = transfer.paper(n_params, 120 * n_params**2).peak_lr
   return config
-
-
-def _peak_lr(n_params):
-  """2e-4 for the smallest models and 1.25e-4 for the largest (section 3.1).
-
-  The paper does not say how the rates between were chosen: here, linearly in log N.
-  """
-  smallest, largest = 44e6, 16.2e9
-  share = math.log(n_params / smallest) / math.log(largest / smallest)
-  return 2e-4 + (1.25e-4 - 2e-4) * min(1.0, max(0.0, share))

@@ -42,14 +42,14 @@ SMALL_BATCH = (1e6, 2048, "measured here, smoke run of docs/performance.md")
 
 PAPER_LR: Anchors = (
     SMALL_LR,
-    (43.7e6, 2e-4, "Chinchilla section 3.1, smallest models"),
-    (16.2e9, 1.25e-4, "Chinchilla section 3.1, largest models"),
-    (70e9, 1e-4, "Chinchilla Table 4"),
+    (43_720_448, 2e-4, "Chinchilla section 3.1, smallest models"),
+    (16_183_281_920, 1.25e-4, "Chinchilla section 3.1, largest models"),
+    (70_061_956_352, 1e-4, "Chinchilla Table 4"),
     (280e9, 4e-5, "Gopher Table 1"),
 )
 PAPER_BATCH: Anchors = (
     SMALL_BATCH,
-    (43.7e6, UNIT, "Gopher Table 1"),
+    (43_720_448, UNIT, "Gopher Table 1"),
     (1.4e9, UNIT, "Gopher Table 1"),
     (2.8e9, 2 * UNIT, "Chinchilla Appendix D.4"),
     (70e9, 6 * UNIT, "Chinchilla Table 4"),
@@ -61,8 +61,8 @@ DOUBLES_FROM = 70e9  # Chinchilla and Gopher 280B double midway; nothing smaller
 def paper(n: float, flops: float) -> Recipe:
   """Chinchilla's and Gopher's own values: the default, for it is their recipe that runs here.
 
-  The papers give points. Between them the learning rate goes linearly in log N (as in
-  configs/chinchilla.py) and the batch as a power of N; below 44M both go to values measured in
+  The papers give points. Between them the learning rate goes linearly in log N and
+  the batch as a power of N; below 44M both go to values measured in
   this repository, and below 1M on by Porian's exponents. Above 280B they stay.
 
   Args:
@@ -188,13 +188,13 @@ def _bracket(n: float, anchors: Anchors) -> tuple[int, float]:
 def _linear_in_log(n: float, anchors: Anchors) -> float:
   index, share = _bracket(n, anchors)
   low, high = anchors[index][1], anchors[index + 1][1]
-  return low + (high - low) * share
+  return low * (1 - share) + high * share
 
 
 def _power_between(n: float, anchors: Anchors) -> float:
   index, share = _bracket(n, anchors)
   low, high = anchors[index][1], anchors[index + 1][1]
-  return low * (high / low) ** share
+  return low ** (1 - share) * high**share
 
 
 def _named(n: float, anchors: Anchors) -> str:
