@@ -284,10 +284,22 @@ def _fitted_line(axes: Any, one: Fitted, flops: np.ndarray, name: str,
 
 def _log(axes: Any, x_label: str, y_label: str, y_log: bool = False) -> None:
   axes.set_xscale("log")
+  axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1.0, 3.0), numticks=12))
+  axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(
+      lambda value, _: _power(value, axes.get_xlim())))
+  axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
   axes.set_xlabel(x_label)
   axes.set_ylabel(y_label)
   if y_log:
     axes.set_yscale("log")
+
+
+def _power(value: float, limits: tuple[float, float]) -> str:
+  """10 to some power; three times that too, where the axis spans little."""
+  exponent = int(np.floor(np.log10(value) + 1e-9))
+  if value < 2 * 10.0**exponent:
+    return f"$10^{{{exponent}}}$"
+  return f"$3\\cdot 10^{{{exponent}}}$" if limits[1] < 200 * limits[0] else ""
 
 
 def _plain_log(axis: Any) -> None:
