@@ -1,5 +1,6 @@
 """Keeps back what libraries print of saves and restores: what fails is told here, in one line."""
 
+import inspect
 import logging
 import sys
 
@@ -13,6 +14,10 @@ def libraries() -> None:
 
 
 def _unraisable(what) -> None:
-  """Leaves out what TensorStore says when Orbax has given up; that has been told."""
-  if str(what.exc_value) != "Event loop is closed":
+  """Leaves out what Orbax's coroutines and TensorStore say once a read has been given up.
+
+  The first array that cannot be read has been told; the others fail when they are collected.
+  """
+  of_orbax = inspect.iscoroutine(what.object) and "orbax" in what.object.cr_code.co_filename
+  if not of_orbax and str(what.exc_value) != "Event loop is closed":
     sys.__unraisablehook__(what)
