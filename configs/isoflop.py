@@ -34,11 +34,11 @@ BATCH_TOKENS = 512  # Few tokens a step: the schedule needs steps more than they
 LR_AT = (44e3, 8e-3)  # N, peak learning rate
 LR_EXPONENT = -1 / 2  # of N; between what was measured at 44k, 86k and 195k
 PROFILES = {  # FLOPs (6ND): WIDTHxLAYERS
-    7e10: ("12x1", "16x1", "20x1", "24x1", "32x1", "32x2"),
-  2.5e11: ("24x1", "32x1", "32x2", "40x2", "48x2", "56x2"),
+    7e10: ("16x1", "20x1", "24x1", "32x1", "32x2", "40x2"),
+    2.5e11: ("24x1", "32x1", "32x2", "40x2", "48x2", "56x2"),
     8e11: ("32x1", "32x2", "40x2", "48x2", "64x2", "64x3"),
     2.5e12: ("40x2", "48x2", "64x2", "64x3", "80x3", "96x3"),
-  }
+}
 CURVE_SIZES = ("24x1", "32x2", "48x2", "64x3")
 CURVE_HORIZONS = (5, 12.5, 32, 80)  # tokens per parameter
 

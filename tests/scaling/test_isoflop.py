@@ -66,8 +66,8 @@ def test_laptop_form():
     assert max(sizes) / min(sizes) > 4
     for one in members:
       assert one.model.vocab_size == one.tokenizer.vocab_size <= 512
-      # The embedding is most of N for the smallest only, and not nearly all of it.
-      assert shapes_near.non_embedding(one.model) > 0.28 * shapes.count_parameters(one.model)
+      # The embedding is at most seven tenths of N.
+      assert shapes_near.non_embedding(one.model) > 0.3 * shapes.count_parameters(one.model)
       assert one.precision.activations == "float32" and not one.logging.tensorboard
       assert one.evaluation.every == one.checkpoint.every == "0 steps"
 
