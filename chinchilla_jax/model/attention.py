@@ -23,8 +23,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from chinchilla_jax import config as schema
 from chinchilla_jax.model import parametrisation
-from chinchilla_jax.model.layers import RMSNorm, add, dense, product, weight, zeros
+from chinchilla_jax.model.layers import RMSNorm, add, dense, weight, zeros
 from chinchilla_jax.model.placement import WHOLE, Placement, Rows
+from chinchilla_jax.model.products import product
 
 MIXED = "attention_mixed"  # what remat policies call the values mixed by attention
 _MASKED = -1e30  # finite, so that a gradient through it is 0 and not NaN
@@ -231,8 +232,9 @@ class Attention(nnx.Module):
 
   def _project(self, x_btd, position_t):
     """Queries, keys and values, normalised and rotated where the config says so."""
+    # As the product makes them, then moved: XLA's CPU backend would move its operands instead.
     q_hbtk, k_hbtk, v_hbtk = (
-        dense("btd,dhk->hbtk", x_btd, w)
+        jnp.moveaxis(dense("btd,dhk->bthk", x_btd, w), 2, 0)
         for w in (self.w_query, self.w_key, self.w_value))
     if self.config.qk_norm:
       q_hbtk, k_hbtk = self.query_norm(q_hbtk), self.key_norm(k_hbtk)
@@ -261,5 +263,5 @@ class Attention(nnx.Module):
     return self.u[...], self.v[...]
 
   def _output(self, mixed_hbtk):
-    out_btd = dense("hbtk,hkd->btd", mixed_hbtk, self.w_out)
+    out_btd = dense("bthk,hkd->btd", jnp.moveaxis(mixed_hbtk, 0, 2), self.w_out)
     return add(out_btd, self.bias_out[...][None, None])

@@ -5,7 +5,6 @@ to the activation dtype where they are used, which is the dtype of the input.
 """
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from chinchilla_jax import config as schema
 from chinchilla_jax.model import parametrisation
 from chinchilla_jax.model.placement import WHOLE, Placement
+from chinchilla_jax.model.products import product
 
 DENSE = "dense"  # what remat policies call a product with a weight
 
@@ -58,42 +58,6 @@ def add(x: jax.Array, bias: jax.Array) -> jax.Array:
   The gradient of a bias is a sum over every position, and float32 is where it can be taken.
   """
   return (x.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def product(spec: str, x: jax.Array, w: jax.Array,
-            dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
-  """Einsum of x and w, multiplied in the dtype of x; the result is `dtype`, else that of x.
-
-  The value is that of `jnp.einsum`. The gradient is written out for three reasons:
-    - a float32 result of bfloat16 operands has a float32 gradient; it is rounded to the dtype
-      of x first, since no matrix unit multiplies float32 with bfloat16 fast;
-    - the gradient of w is accumulated and returned in the dtype of w, so float32 weights lose
-      nothing to bfloat16 activations;
-    - XLA's CPU backend multiplies the gradient of w in the order that JAX derives five times
-      slower in bfloat16 than in this one (JAX 0.12).
-
-  Args:
-    spec: "X,W->OUT" where every letter is in two of the three.
-  """
-  return jnp.einsum(spec, x, w.astype(x.dtype), preferred_element_type=dtype)
-
-
-def _product_fwd(spec, x, w, dtype):
-  return product(spec, x, w, dtype), (x, w)
-
-
-def _product_bwd(spec, dtype, operands, grad):
-  del dtype
-  x, w = operands
-  x_axes, w_axes, out_axes = re.split(",|->", spec)
-  grad = grad.astype(x.dtype)
-  grad_x = jnp.einsum(f"{out_axes},{w_axes}->{x_axes}", grad, w.astype(x.dtype))
-  grad_w = jnp.einsum(f"{x_axes},{out_axes}->{w_axes}", x, grad, preferred_element_type=w.dtype)
-  return grad_x, grad_w
-
-
-product.defvjp(_product_fwd, _product_bwd)
 
 
 def dense(spec: str, x: jax.Array, w: nnx.Param) -> jax.Array:

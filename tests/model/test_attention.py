@@ -11,7 +11,7 @@ from flax import nnx
 from chinchilla_jax import config as schema
 from chinchilla_jax.model import attention
 from chinchilla_jax.model.attention import Attention
-from chinchilla_jax.model.layers import product
+from chinchilla_jax.model.products import product
 
 MODEL = schema.Model(n_layers=1, d_model=12, n_heads=2, kv_size=6, d_ff=8, vocab_size=11)
 CASES = [

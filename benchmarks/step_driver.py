@@ -1,0 +1,154 @@
+"""One training step at a time, for timing beside other projects' steps.
+
+  python benchmarks/step_driver.py --shape tiny --dtype fp32 --steps 7      # alone
+  python benchmarks/step_driver.py --shape tiny --dtype fp32 --serve        # under a harness
+
+Under a harness it answers each line "step" on standard input with one step, and ends at "quit".
+Events are JSON lines on standard output: `ready` after the first step (which compiles), `step`
+with its seconds `dt` and its loss, `summary` when alone, `bye` with the peak memory. Anything
+else that is printed goes to standard error.
+
+A step is the product's own: forward, backward, clipping, AdamW, guard, on random tokens whose
+transfer is part of the time. fp32 is float32 throughout. bf16 has bfloat16 activations and
+either the product's weights (bfloat16 with a float32 master, gradients in bfloat16) or, with
+--parameters float32, float32 weights and gradients.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+
+SHAPES = {
+    "small": dict(n_layers=8, d_model=512, n_heads=8, head_dim=64, d_ff=2048, vocab=32000,
+                  seq=1024, batch=4),
+    "tiny": dict(n_layers=8, d_model=256, n_heads=4, head_dim=64, d_ff=1024, vocab=8192, seq=512,
+                 batch=8),
+    "smoke": dict(n_layers=2, d_model=64, n_heads=1, head_dim=64, d_ff=256, vocab=512, seq=64,
+                  batch=2),
+}
+
+
+def build(shape: dict[str, int], args: argparse.Namespace):
+  """(step, facts): a function that takes one step and returns its loss, and what was built."""
+  import jax
+  import numpy as np
+
+  from chinchilla_jax import config as schema
+  from chinchilla_jax.training import state as state_lib
+  from chinchilla_jax.training import step
+  from chinchilla_jax.training.optimizer import AdamW
+
+  bf16 = args.dtype == "bf16"
+  experiment = schema.Experiment(
+      model=schema.Model(
+          n_layers=shape["n_layers"], d_model=shape["d_model"], n_heads=shape["n_heads"],
+          kv_size=shape["head_dim"], d_ff=shape["d_ff"], vocab_size=shape["vocab"],
+          position=args.position, remat=args.remat, attention_block=args.attention_block),
+      precision=schema.Precision(
+          parameters=args.parameters or ("bfloat16" if bf16 else "float32"),
+          activations="bfloat16" if bf16 else "float32"),
+      batch=schema.Batch(sequences=shape["batch"]),
+      data=dataclasses.replace(schema.Data(), seq_len=shape["seq"]),
+      optimizer=schema.Optimizer(peak_lr=3e-4),
+      loss=schema.Loss(chunk=args.chunk))
+  adamw = AdamW(experiment.optimizer, experiment.precision, lambda step: jax.numpy.float32(3e-4))
+  state = jax.jit(lambda key: state_lib.init(experiment.model, adamw, key))(jax.random.key(0))
+  sizes = jax.tree_util.tree_leaves_with_path(state["params"])
+  train_step = jax.jit(step.make_train_step(experiment, adamw), donate_argnums=0)
+
+  rng = np.random.default_rng(0)
+  rows = [rng.integers(1, shape["vocab"], (shape["batch"], shape["seq"] + 1), dtype=np.int32)
+          for _ in range(8)]
+  ones = np.ones((shape["batch"], shape["seq"]), np.float32)
+  count = 0
+
+  def one() -> float:
+    nonlocal state, count
+    tokens = rows[count % len(rows)]
+    count += 1
+    batch = {"inputs_bt": tokens[:, :-1], "targets_bt": tokens[:, 1:],
+             "segments_bt": None, "weights_bt": ones}
+    state, metrics = train_step(state, batch)
+    jax.block_until_ready(state)
+    return float(metrics["loss"])
+
+  matrices = sum(leaf.size for path, leaf in sizes
+                 if not any(word in jax.tree_util.keystr(path)
+                            for word in ("bias", "gain", "'u'", "'v'")))
+  return one, {"n_params": sum(leaf.size for _, leaf in sizes), "n_matmul": matrices,
+               "position": args.position, "parameters": experiment.precision.parameters,
+               "versions": {"jax": jax.__version__, "python": sys.version.split()[0]}}
+
+
+def seconds_alive() -> float | None:
+  """Since this process was started, the interpreter's own start included; None if not known."""
+  try:
+    with open("/proc/self/stat") as file:
+      started = int(file.read().rsplit(")", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK")
+  except OSError:
+    return None
+  return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--shape", choices=sorted(SHAPES), default="tiny")
+  parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+  parser.add_argument("--position", choices=["rotary", "relative"], default="rotary")
+  parser.add_argument("--parameters", choices=["float32", "bfloat16"],
+                      help="by default float32 for fp32 and bfloat16 with a master for bf16")
+  parser.add_argument("--remat", choices=["none", "dots", "full"], default="dots")
+  parser.add_argument("--attention-block", type=int, default=128)
+  parser.add_argument("--chunk", type=int, default=1024, help="tokens of the loss at a time")
+  parser.add_argument("--steps", type=int, default=7)
+  parser.add_argument("--warmup", type=int, default=2)
+  parser.add_argument("--serve", action="store_true")
+  args = parser.parse_args()
+
+  events = os.fdopen(os.dup(1), "w", buffering=1)
+  os.dup2(2, 1)
+
+  def say(event: str, **facts) -> None:
+    events.write(json.dumps({"event": event, **facts}) + "\n")
+
+  shape = SHAPES[args.shape]
+  step, facts = build(shape, args)
+  built = seconds_alive()
+  tokens = shape["batch"] * shape["seq"]
+  # 6N and attention over all pairs, N with the embedding: PaLM, appendix B.
+  flops = 6 * facts["n_matmul"] + (
+      12 * shape["n_layers"] * shape["n_heads"] * shape["head_dim"] * shape["seq"])
+  loss = step()
+  say("ready", **facts, shape=args.shape, dtype=args.dtype, tokens_per_step=tokens,
+      flops_per_token=flops, t_built_s=built, t_first_step_s=seconds_alive(), loss0=loss)
+
+  def timed() -> float:
+    started = time.perf_counter()
+    loss = step()
+    took = time.perf_counter() - started
+    say("step", dt=took, loss=loss)
+    return took
+
+  if args.serve:
+    for line in sys.stdin:
+      if line.strip() == "quit":
+        break
+      if line.strip() == "step":
+        timed()
+  else:
+    rates = sorted(tokens / took
+                   for took in [timed() for _ in range(args.warmup + args.steps)][args.warmup:])
+    say("summary", tok_s_median=statistics.median(rates), tok_s_min=rates[0],
+        tok_s_max=rates[-1], model_gflops=statistics.median(rates) * flops / 1e9)
+  say("bye", peak_rss_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+      children_peak_rss_mb=0)
+
+
+if __name__ == "__main__":
+  main()
