@@ -32,6 +32,7 @@ setup(
         "pyarrow>=20.0",
         "zstandard>=0.23",
         "numpy>=2.0",
+        "filelock>=3.16",  # JAX bounds its compilation cache with it.
         "rich>=13.7",
         "importlib_resources>=6.4",  # TFDS imports it without asking for it.
         "tensorboardX>=2.6.2",

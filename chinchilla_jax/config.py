@@ -323,6 +323,15 @@ class Logging:
 
 
 @dataclasses.dataclass(frozen=True)
+class Profile:
+  """A trace of what host and devices do."""
+
+  steps: str = setting(
+      "", "steps that are traced into the run's folder, such as 100-102, counted from 1; empty: "
+      "none (docs/performance.md)", unit="FIRST-LAST", kind="observation")
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
   """One run, from text to checkpoint."""
 
@@ -347,6 +356,7 @@ class Experiment:
   checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
   guard: Guard = dataclasses.field(default_factory=Guard)
   logging: Logging = dataclasses.field(default_factory=Logging)
+  profile: Profile = dataclasses.field(default_factory=Profile)
 
 
 def fields(section: Any = Experiment, prefix: str = ""):

@@ -300,6 +300,11 @@ def _check(experiment: schema.Experiment) -> None:
       raise UserError(f"config.{name}: got {shown(value)}, allowed is at most {largest:,}")
     if meta["duration"]:
       durations.parse(value, f"config.{name}")
+  steps = re.fullmatch(r"(\d{1,12})(?:-(\d{1,12}))?", experiment.profile.steps)
+  if experiment.profile.steps and not (
+      steps and 1 <= int(steps[1]) <= int(steps[2] or steps[1])):
+    raise UserError(f"config.profile.steps: got {shown(experiment.profile.steps)}; give the first "
+                    "step and the last one, counted from 1, such as 100-102")
   model, batch = experiment.model, experiment.batch
   if model.position == "rotary" and model.kv_size % 2:
     raise UserError(f"config.model.kv_size: got {model.kv_size}, but rotary positions turn pairs "

@@ -22,6 +22,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 _CACHE = tempfile.TemporaryDirectory()
 jax.config.update("jax_compilation_cache_dir", _CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# So does every command that a test starts, and none writes into the user's own.
+os.environ["CHINCHILLA_COMPILED"] = _CACHE.name + "/commands"
+
 
 @pytest.fixture(scope="session")
 def tiny_store(tmp_path_factory) -> str:

@@ -28,6 +28,8 @@ def run(args: argparse.Namespace) -> int:
   heap.few_arenas()
   experiment = config_io.load(args.config, args.overrides)
   workdir = args.workdir or os.path.join("runs", experiment.name)
+  from chinchilla_jax.storage import compiled
+  compiled.keep()
   from chinchilla_jax.parallel import joining, processes
   from chinchilla_jax.training import loop, quiet
   quiet.libraries()

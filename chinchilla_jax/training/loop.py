@@ -24,8 +24,10 @@ from chinchilla_jax.parallel.layout import Layout, refuse
 from chinchilla_jax.storage import paths
 from chinchilla_jax.training import (
     checkpoint,
+    description,
     metrics,
     optimizer,
+    profiling,
     recorder,
     run_folder,
     run_lock,
@@ -210,7 +212,7 @@ def leg(run: Run, begin: start.Start) -> Outcome:
             experiment.logging.wandb, experiment.name, folder.path, config_io.to_dict(experiment)))
       for sink in sinks:
         stack.callback(sink.close)
-      for line in (*describe(made, layout), *notes):
+      for line in (*description.of(made, layout), *notes):
         say(line)
 
     # -------------------------------------------------------------- Steps
@@ -228,6 +230,9 @@ def leg(run: Run, begin: start.Start) -> Outcome:
     watchdog = stack.enter_context(Watchdog(
         hang, max(hang, _COMPILING), lambda: f"last completed step {record.done:,}",
         note_hang if processes.is_main() else lambda text: None))
+    profiler = profiling.Profiler(
+        experiment.profile if processes.is_main() else schema.Profile(), folder.profile, say)
+    stack.callback(profiler.close)
     stack.enter_context(jax.transfer_guard("disallow"))
 
     def before_save() -> None:
@@ -279,17 +284,21 @@ def leg(run: Run, begin: start.Start) -> Outcome:
     for _, batch in feed:
       if record.stop_signal:
         break
+      profiler.before(step + 1, state)
       state, values = run.step(state, batch, processes.vote(layout.mesh, run.ballot()))
       step += 1
+      traced = profiler.after(step, state)
       record.step(step, values)
       watchdog.beat()
 
       evaluates = step == total_steps or (evaluate_every and step % evaluate_every == 0)
       saves = step == total_steps or (save_every and step % save_every == 0)
-      if evaluates or saves or record.stop_signal:
+      if evaluates or saves or traced or record.stop_signal:
         record.pause()  # From here, what is known of this step is known.
       if record.rollback:
         break
+      if traced:
+        record.resume()
       if evaluates:
         owed += ["evaluation", "sample"][:1 + bool(experiment.evaluation.sample_tokens)]
       if saves or record.stop_signal:
@@ -367,30 +376,3 @@ def jit_step(made: Plan, layout: Layout) -> Callable[..., tuple[state_lib.State,
   wanted = state_lib.abstract(made.experiment.model, made.optimizer)
   return jax.jit(voted, donate_argnums=0,
                  out_shardings=(layout.state(wanted), layout.replicated))
-
-
-def describe(made: Plan, layout: Layout) -> list[str]:
-  """What is about to be trained, on what, for how long; every number with its convention."""
-  model, clock = made.experiment.model, made.clock
-  precision = made.experiment.precision
-  train, total = made.store.split("train"), clock.tokens(clock.total_steps)
-  devices = jax.devices()
-  entries = layout.entries(state_lib.abstract(model, made.optimizer))
-  held = sum(entry.bytes_per_device(layout.mesh.shape) for entry in entries)
-  lines = [
-      f"model: {clock.n_params:,} parameters (rule of Table A9, embedding included), "
-      f"{model.n_layers} x {model.d_model}, {model.position} positions, "
-      f"{precision.parameters} parameters, {precision.activations} activations",
-      f"data: {made.experiment.data.store}, {train.n_tokens:,} tokens in {train.n_documents:,} "
-      f"documents, vocabulary {made.store.tokenizer.vocab_size:,}",
-      f"run: {clock.total_steps:,} steps, {total:,} tokens = {total / clock.n_params:.3g} per "
-      f"parameter = {total / clock.epoch_tokens:.2f} epochs, {clock.flops(clock.total_steps):.3g} "
-      f"FLOPs (6ND)",
-      f"mesh: {mesh_lib.shape_text(layout.mesh)} ({len(devices)} x {devices[0].device_kind}, "
-      f"{processes.count()} process{'es' if processes.count() > 1 else ''}), strategy "
-      f"{made.experiment.mesh.strategy}, {held / 2**20:,.1f} MiB of train state per device",
-  ]
-  if made.store.tokenizer.vocab_size < model.vocab_size:
-    lines.append(f"note: {model.vocab_size - made.store.tokenizer.vocab_size:,} rows of the "
-                 "embedding stand for no piece of the tokenizer")
-  return lines

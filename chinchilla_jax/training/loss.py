@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from chinchilla_jax.model.placement import WHOLE, Placement
+from chinchilla_jax.model.products import over_rows
 
 _TOKENS = ("batch", None, "length", None)  # Logical axes of ibjt.
 
@@ -118,18 +119,18 @@ def _cross_entropy_fwd(x_btd, embedding_vd, bias_v, targets_bt, weights_bt, z_lo
     d_bias += jnp.sum(d_logits, axis=(1, 3))
     d_logits = d_logits.astype(x.dtype)
     d_x = jnp.einsum("ibjtv,vd->ibjtd", d_logits, embedding)
-    d_embedding += jnp.einsum("ibjtv,ibjtd->ijvd", d_logits, x, preferred_element_type=jnp.float32)
-    carry = (objective_sum + objective, nll_sum + nll, per_device(d_embedding, "vocab", None),
+    d_embedding += over_rows("ibjtd,ibjtv->ijdv", x, d_logits, jnp.float32)
+    carry = (objective_sum + objective, nll_sum + nll, per_device(d_embedding, None, "vocab"),
              per_device(d_bias, "vocab"))
     return carry, placement.constrain(d_x, (*_TOKENS, None))
 
   zero = jnp.float32(0)
   shards = parts[0].shape[1], parts[0].shape[3]
   start = (zero, zero,
-           per_device(jnp.zeros((*shards, *embedding_vd.shape), jnp.float32), "vocab", None),
+           per_device(jnp.zeros((*shards, *embedding_vd.shape[::-1]), jnp.float32), None, "vocab"),
            per_device(jnp.zeros((*shards, *bias_v.shape), jnp.float32), "vocab"))
   (objective, nll, d_embedding, d_bias), d_x = jax.lax.scan(body, start, parts)
-  grads = (pieces.join(d_x), jnp.sum(d_embedding, axis=(0, 1)).astype(embedding_vd.dtype),
+  grads = (pieces.join(d_x), jnp.sum(d_embedding, axis=(0, 1)).T.astype(embedding_vd.dtype),
            jnp.sum(d_bias, axis=(0, 1)).astype(bias_v.dtype))
   return (objective, nll), grads
 

@@ -7,6 +7,7 @@
   rollbacks.json             the sequences that rollbacks left out, once there are any
   checkpoints/               see `checkpoint`
   tensorboard/               event files
+  profile/                   a trace of some steps, if one was asked for (`profiling`)
   .lock                      held by the process that trains here
 
 In a bucket, the logs are in parts (`storage.logs`), and a lease takes the place of the lock.
@@ -83,6 +84,7 @@ class RunFolder:
     self.rollbacks = self.path / "rollbacks.json"
     self.checkpoints = self.path / "checkpoints"
     self.tensorboard = self.path / "tensorboard"
+    self.profile = self.path / "profile"
     self._notes: logs.Parts | None = None
 
   def create(self) -> None:

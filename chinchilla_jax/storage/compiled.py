@@ -1,0 +1,90 @@
+"""Compiled programs, kept from one run to the next: JAX's persistent compilation cache.
+
+They lie in the user's cache folder, apart by processor: a program for one may end in an illegal
+instruction on another, and home folders are shared. Least recently used ones go first when they
+have more than `LIMIT` bytes together. Nothing but time depends on them; the folder may be
+deleted whenever no run starts.
+
+  CHINCHILLA_COMPILED=FOLDER   keep them there
+  CHINCHILLA_COMPILED=off      keep none
+  JAX_COMPILATION_CACHE_DIR    JAX's own setting; if it is there, JAX's settings hold
+"""
+
+import hashlib
+import os
+import pathlib
+import platform
+import sys
+
+from chinchilla_jax.errors import UserError
+
+VARIABLE = "CHINCHILLA_COMPILED"
+LIMIT = 2 * 2**30      # Bytes.
+_WORTH = 0.1           # Seconds of compiling from which a program is kept.
+
+
+def keep() -> None:
+  """Makes JAX keep what it compiles from now on; call it before the first compilation.
+
+  Where the default folder cannot be written, nothing is kept, and nothing is said.
+
+  Raises:
+    UserError: the folder that CHINCHILLA_COMPILED names cannot be written.
+  """
+  named = os.environ.get(VARIABLE, "")
+  if named.lower() == "off" or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    return
+  folder = pathlib.Path(named).expanduser() if named else default_folder()
+  folder /= _processor()
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+      raise PermissionError(13, "permission denied")
+  except (OSError, RuntimeError) as error:
+    if named:
+      reason = getattr(error, "strerror", None) or error
+      raise UserError(f"{VARIABLE}: {folder} cannot be written ({reason}); name another folder, or "
+                      "say off") from error
+    return
+  _sweep(folder)
+  import jax
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_compilation_cache_max_size", LIMIT)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH)
+
+
+def default_folder() -> pathlib.Path:
+  """chinchilla_jax in the user's cache folder.
+
+  Raises:
+    RuntimeError: the user has no home.
+  """
+  if base := os.environ.get("XDG_CACHE_HOME"):
+    return pathlib.Path(base) / "chinchilla_jax"
+  caches = "Library/Caches" if sys.platform == "darwin" else ".cache"
+  return pathlib.Path.home() / caches / "chinchilla_jax"
+
+
+def _sweep(folder: pathlib.Path) -> None:
+  """Removes programs that a process was killed while writing: JAX would never replace them.
+
+  It writes an entry and then, under the same lock, its time: what has no time is not whole.
+  """
+  import filelock
+  try:
+    with filelock.FileLock(folder / ".lockfile", timeout=1):
+      for entry in folder.glob("*-cache"):
+        if not entry.with_name(entry.name.removesuffix("-cache") + "-atime").exists():
+          entry.unlink()
+  except (OSError, filelock.Timeout):  # Another run starts here, and sweeps.
+    pass
+
+
+def _processor() -> str:
+  """The processor by its instructions, for the name of a folder."""
+  try:
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+  except OSError:
+    lines = [platform.processor()]
+  told = next((line for line in lines if line.startswith(("flags", "Features"))), lines[0])
+  return f"{platform.machine()}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"

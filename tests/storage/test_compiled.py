@@ -1,0 +1,84 @@
+"""Compiled programs are kept, found again, and never in anybody's way."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from tiny import ROOT
+
+from chinchilla_jax.errors import UserError
+from chinchilla_jax.storage import compiled
+
+# Compiles one program that takes longer than what is worth keeping, and says how it got it.
+PROGRAM = """
+import jax, jax.numpy as jnp
+from chinchilla_jax.storage import compiled
+compiled.keep()
+seen = []
+jax.monitoring.register_event_listener(lambda name, **_: seen.append(name))
+def f(x):
+  for i in range(60):
+    x = jnp.sin(x @ x) + i * jnp.cumsum(x, axis=0)
+  return x
+value = jax.jit(f)(jnp.eye(16))
+print(sum("cache_hits" in name for name in seen), float(value.sum()))
+"""
+
+
+def run(**environ) -> tuple[int, str]:
+  """(programs that were found, the result)."""
+  plain = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION")}
+  done = subprocess.run(
+      [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True,
+      env={**plain, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **environ})
+  assert done.stderr == ""
+  hits, result = done.stdout.split()
+  return int(hits), result
+
+
+def entries(folder: pathlib.Path) -> list[pathlib.Path]:
+  return sorted(folder.glob("*/*-cache"))
+
+
+def test_the_second_process_compiles_nothing_and_computes_the_same(tmp_path):
+  hits, result = run(CHINCHILLA_COMPILED=str(tmp_path))
+  assert hits == 0 and entries(tmp_path)
+  again, same = run(CHINCHILLA_COMPILED=str(tmp_path))
+  assert again == len(entries(tmp_path)) and same == result
+
+
+def test_what_a_killed_process_left_half_written_is_written_anew(tmp_path):
+  _, result = run(CHINCHILLA_COMPILED=str(tmp_path))
+  entry = max(entries(tmp_path), key=lambda path: path.stat().st_size)
+  whole = entry.read_bytes()
+  entry.write_bytes(whole[:len(whole) // 2])
+  entry.with_name(entry.name.removesuffix("-cache") + "-atime").unlink()
+  _, same = run(CHINCHILLA_COMPILED=str(tmp_path))
+  assert same == result and entry.stat().st_size > len(whole) // 2
+  hits, _ = run(CHINCHILLA_COMPILED=str(tmp_path))
+  assert hits == len(entries(tmp_path))
+
+
+def test_off_and_jax_own_setting_keep_nothing_here(tmp_path):
+  run(CHINCHILLA_COMPILED="off", XDG_CACHE_HOME=str(tmp_path))
+  assert not list(tmp_path.iterdir())
+  run(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "jax"), XDG_CACHE_HOME=str(tmp_path / "ours"),
+      CHINCHILLA_COMPILED="")
+  assert not (tmp_path / "ours").exists()
+
+
+def test_by_default_they_lie_in_the_users_cache_folder(tmp_path):
+  run(CHINCHILLA_COMPILED="", XDG_CACHE_HOME=str(tmp_path))
+  assert entries(tmp_path / "chinchilla_jax")
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+  (tmp_path / "file").write_text("")
+  monkeypatch.setenv("CHINCHILLA_COMPILED", str(tmp_path / "file"))
+  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+  with pytest.raises(UserError, match="CHINCHILLA_COMPILED: .* cannot be written"):
+    compiled.keep()
+  # Nobody asked for the default one, so nobody is bothered with it.
+  assert run(CHINCHILLA_COMPILED="", XDG_CACHE_HOME=str(tmp_path / "file"))[0] == 0
