@@ -1,0 +1,113 @@
+"""Relative (Transformer-XL) attention on TPU as one Pallas kernel each way.
+
+  score(i, j) = ((q_i + u) . k_j + (q_i + v) . r_(i-j)) / divisor       (Dai et al. 2019, 3.3)
+
+over the keys j <= i of the query's document, with r_n = W_r R_n. Neither scores nor their
+position term ever leave the chip's vector memory; what is kept for the backward pass is the
+output and a number for each query. `model.attention` is the reference.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from chinchilla_jax.errors import UserError
+from chinchilla_jax.kernels import relative_tpu_blocks as blocks
+from chinchilla_jax.kernels.relative_tpu_backward import backward
+from chinchilla_jax.kernels.relative_tpu_blocks import Tiling
+from chinchilla_jax.kernels.relative_tpu_forward import forward
+
+BLOCK = 512
+
+
+def relative_attention(q_hbtk: jax.Array, k_hbtk: jax.Array, v_hbtk: jax.Array, r_hnk: jax.Array,
+                       u_hk: jax.Array, v_hk: jax.Array, segments_bt: jax.Array | None, *,
+                       divisor: float, block_q: int = BLOCK, block_k: int = BLOCK,
+                       strided: bool = False, interpret: bool = False) -> jax.Array:
+  """Causal attention with relative positions.
+
+  Products are made in the dtype of q and summed in float32; q + u and q + v are rounded to the
+  dtype of q. Gradients of r, u and v are summed in float32 over everything that they sum over.
+
+  Args:
+    q_hbtk, k_hbtk, v_hbtk: of one dtype, bfloat16 or float32.
+    r_hnk: relative keys of the distances n = t ... 0, like `Attention.relative_keys(t)`.
+    u_hk, v_hk: biases of the content and of the position term, any float dtype.
+    segments_bt: integers, the document of each token; None if each sequence is one document.
+    divisor: of the scores, a constant.
+    block_q, block_k: queries and keys of a tile, powers of two from 128 on. A short sequence
+      takes smaller ones.
+    strided: shift rows in one instruction, which v5e, v5p, v6e and tpu7x have. Without it a few
+      plain ones do the same on any generation.
+    interpret: run without a TPU, in plain JAX; any power of two will do for a block.
+
+  Returns:
+    out_hbtk in the dtype of q.
+
+  Raises:
+    UserError: the blocks do not fit the TPU or each other.
+  """
+  t, least = q_hbtk.shape[2], 1 if interpret else blocks.LANES
+  if block_q % least or block_k % least:
+    raise UserError(f"relative attention: blocks of {block_q} queries and {block_k} keys; a TPU "
+                    f"takes multiples of {least}")
+  whole = max(least, 1 << (t - 1).bit_length())
+  block_q, block_k = min(block_q, whole), min(block_k, whole)
+  padded = -(-t // max(block_q, block_k)) * max(block_q, block_k)
+  tiling = Tiling(padded, block_q, block_k, strided)
+  if segments_bt is not None:
+    segments_bt = segments_bt.astype(jnp.int32)
+  return _attend(tiling, divisor, interpret, q_hbtk, k_hbtk, v_hbtk, r_hnk, u_hk, v_hk,
+                 segments_bt)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attend(tiling, divisor, interpret, q_hbtk, k_hbtk, v_hbtk, r_hnk, u_hk, v_hk, segments_bt):
+  return _forward(tiling, divisor, interpret, q_hbtk, k_hbtk, v_hbtk, r_hnk, u_hk, v_hk,
+                  segments_bt)[0]
+
+
+def _forward(tiling, divisor, interpret, *arrays):
+  t = arrays[0].shape[2]
+  out_hbtk, logsumexp_hb1t = forward(*_whole_tiles(tiling, *arrays), tiling=tiling,
+                                     divisor=divisor, interpret=interpret)
+  out_hbtk, logsumexp_hbt = out_hbtk[:, :, :t], logsumexp_hb1t[:, :, 0, :t]
+  return out_hbtk, (arrays, out_hbtk, logsumexp_hbt)
+
+
+def _backward(tiling, divisor, interpret, saved, grad_hbtk):
+  arrays, out_hbtk, logsumexp_hbt = saved
+  q_hbtk, _, _, r_hnk, u_hk, v_hk, _ = arrays
+  t, ahead = q_hbtk.shape[2], tiling.length - q_hbtk.shape[2]
+  delta_hbt = jnp.sum(out_hbtk.astype(jnp.float32) * grad_hbtk.astype(jnp.float32), axis=-1)
+  # Rows that hold no token have a logsumexp of 0 here; their gradient is 0, so any number will do.
+  dq, dk, dv, dr_hnk, du_bias, dv_bias = backward(
+      *_whole_tiles(tiling, *arrays), _pad(logsumexp_hbt, 2, 0, ahead)[:, :, None],
+      _pad(delta_hbt, 2, 0, ahead)[:, :, None], _pad(grad_hbtk, 2, 0, ahead), tiling=tiling,
+      divisor=divisor, interpret=interpret)
+  dr_hnk = dr_hnk[:, ahead:ahead + r_hnk.shape[1]].astype(r_hnk.dtype)
+  du_hk, dv_hk = ((grad[:, 0] / divisor).astype(bias.dtype)
+                  for grad, bias in ((du_bias, u_hk), (dv_bias, v_hk)))
+  return dq[:, :, :t], dk[:, :, :t], dv[:, :, :t], dr_hnk, du_hk, dv_hk, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _whole_tiles(tiling: Tiling, q_hbtk, k_hbtk, v_hbtk, r_hnk, u_hk, v_hk, segments_bt):
+  """The kernels' arguments. A token that is not there is later than all others: none sees it."""
+  ahead = tiling.length - q_hbtk.shape[2]
+  r_hnk = _pad(r_hnk.astype(q_hbtk.dtype), 1, ahead,
+               tiling.distances - ahead - r_hnk.shape[1])
+  u_h1k, v_h1k = (bias.astype(jnp.float32)[:, None] for bias in (u_hk, v_hk))
+  if segments_bt is not None:
+    segments_bt = _pad(segments_bt, 1, 0, ahead)[:, None]
+  return (*(_pad(x, 2, 0, ahead) for x in (q_hbtk, k_hbtk, v_hbtk)), r_hnk, u_h1k, v_h1k,
+          segments_bt)
+
+
+def _pad(x: jax.Array, axis: int, before: int, after: int) -> jax.Array:
+  widths = [(0, 0)] * x.ndim
+  widths[axis] = (before, after)
+  return jnp.pad(x, widths) if before or after else x

@@ -1,0 +1,188 @@
+"""What the forward and the backward kernel of `relative_tpu` share: tiles, the shift, scores.
+
+A tile is block_q queries against block_k keys. The position term of its scores,
+
+  position[a, c] = (q_a + v) . r(distance from query a to key c),
+
+needs the distances of a window: all of the tile's queries to all of its keys. (q + v) times the
+window gives a row of distances for every query, the same distances for all; row a must then move
+by a, so that its column c holds the distance to key c. That is the relative shift of Dai et al.
+2019, appendix B, inside a tile. It is done for `rows` queries at a time, since a window is
+rows + block_k long: 128 rows against 512 keys multiply 1.25 times what content multiplies,
+512 rows twice.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from chinchilla_jax.errors import UserError
+
+LANES = 128
+SUBLANES = 8
+MASKED = -1e30  # finite, as in model.attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+  """How a sequence is cut into tiles.
+
+  Attributes:
+    length: tokens, a multiple of both blocks.
+    block_q, block_k: queries and keys of a tile; one divides the other.
+    strided: rotate rows by their number in one instruction, see `shift`.
+  """
+
+  length: int
+  block_q: int
+  block_k: int
+  strided: bool
+
+  def __post_init__(self):
+    big, small = max(self.block_q, self.block_k), min(self.block_q, self.block_k)
+    if small < 1 or big % small or self.length % big or self.block_q % self.rows:
+      raise UserError(f"relative attention: blocks of {self.block_q} queries and {self.block_k} "
+                      f"keys do not tile {self.length} tokens; take powers of two")
+
+  @property
+  def rows(self) -> int:
+    """Queries that are shifted together."""
+    return min(self.block_q, LANES)
+
+  @property
+  def window(self) -> int:
+    """Distances that `rows` queries need, and one that is there for alignment."""
+    return self.rows + self.block_k
+
+  @property
+  def distances(self) -> int:
+    """Relative keys that a kernel is given: for `length` down to the longest look ahead.
+
+    A tile on the diagonal has keys after its queries. They are masked, but their (negative)
+    distances are multiplied like any other.
+    """
+    return self.length + max(self.block_q, self.block_k)
+
+  def row_major(self) -> np.ndarray:
+    """The tiles that hold a pair of a query and a key not after it: int32 [2, tiles], (i, j)."""
+    return np.array([(i, j) for i in range(self.length // self.block_q)
+                     for j in range(self.last_key(i) + 1)], np.int32).T
+
+  def column_major(self) -> np.ndarray:
+    """The same, a block of keys at a time: int32 [3, tiles], (i, j, done).
+
+    `done` is the block of queries that was last met with its last block of keys, or else the
+    one that will be first. It never falls, so a buffer that follows it is written back once.
+    """
+    tiles, done = [], 0
+    for j in range(self.length // self.block_k):
+      for i in range(self.first_query(j), self.length // self.block_q):
+        if j == self.last_key(i):
+          done = i
+        tiles.append((i, j, done))
+    return np.array(tiles, np.int32).T
+
+  def last_key(self, i):
+    """The block of keys that block i of the queries ends in."""
+    return ((i + 1) * self.block_q - 1) // self.block_k
+
+  def first_query(self, j):
+    """The block of queries that block j of the keys begins in."""
+    return (j * self.block_k) // self.block_q
+
+  def window_start(self, i, j, part: int):
+    """Row of the relative keys where the window of rows part * rows ... of tile (i, j) begins."""
+    start = self.length + j * self.block_k - i * self.block_q - (part + 1) * self.rows
+    return pl.multiple_of(start, min(self.rows, self.block_k))
+
+
+def dot(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
+  """The float32 product of two matrices over the named axes.
+
+  float32 operands are multiplied as such, in several passes; bfloat16 ones in one.
+  """
+  exact = x.dtype == jnp.float32
+  precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
+  return jax.lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), precision=precision,
+                             preferred_element_type=jnp.float32)
+
+
+def shift(x_qw: jax.Array, tiling: Tiling) -> jax.Array:
+  """Column c of row a of the result is column rows - a + c of x: [rows, window] to [rows, keys].
+
+  Row a is rotated right by a. The vector unit can do so in one go on v5e, v5p, v6e and tpu7x
+  (`strided`), not on v4 and before.
+  """
+  if tiling.strided:
+    turned_qw = pltpu.roll(x_qw, 0, 1, stride=1, stride_axis=0)
+  else:
+    turned_qw = _ladder(x_qw, lambda a: a)
+  return turned_qw[:, tiling.rows:]
+
+
+def unshift(x_qs: jax.Array, tiling: Tiling) -> jax.Array:
+  """The transpose of `shift`: [rows, keys] to [rows, window], zeros where nothing comes from."""
+  x_qw = jnp.concatenate([jnp.zeros((tiling.rows, tiling.rows), x_qs.dtype), x_qs], axis=1)
+  if tiling.strided:  # A rotation to the left by a is one to the right by a * (window - 1).
+    return pltpu.roll(x_qw, 0, 1, stride=tiling.window - 1, stride_axis=0)
+  return _ladder(x_qw, lambda a: -a % tiling.window)
+
+
+def _ladder(x_qw: jax.Array, turn) -> jax.Array:
+  """Rotates row a right by turn(a), a linear function mod window, with plain rotations.
+
+  Rows 8g ... 8g + 7 lie in registers of their own, so these are rotated by turn(8g) together;
+  what is left of a, below 8, is made up of 1, 2 and 4, each of which half of the rows take.
+  """
+  q = x_qw.shape[0]
+  size = min(SUBLANES, q)
+  x_qw = jnp.concatenate(
+      [_roll(x_qw[start:start + size], turn(start)) for start in range(0, q, size)], axis=0)
+  row_q1 = jax.lax.broadcasted_iota(jnp.int32, (q, 1), 0)
+  step = 1
+  while step < size:
+    x_qw = jnp.where(row_q1 & step != 0, _roll(x_qw, turn(step)), x_qw)
+    step *= 2
+  return x_qw
+
+
+def _roll(x_qw, by: int):
+  return pltpu.roll(x_qw, by, 1) if by else x_qw
+
+
+def scores(q_content_qk, q_position_qk, k_sk, r_ref, tiling: Tiling, i, j) -> jax.Array:
+  """Float32 scores_qs of tile (i, j) before the mask."""
+  parts = []
+  for part in range(tiling.block_q // tiling.rows):
+    r_wk = r_ref[pl.ds(tiling.window_start(i, j, part), tiling.window), :]
+    rows = slice(part * tiling.rows, (part + 1) * tiling.rows)
+    parts.append(shift(dot(q_position_qk[rows], r_wk, 1, 1), tiling))
+  return dot(q_content_qk, k_sk, 1, 1) + jnp.concatenate(parts, axis=0)
+
+
+def mask(scores_qs, segments_q1, segments_1s, tiling: Tiling, i, j) -> jax.Array:
+  """Scores where the key is not after the query and in its document, else a very low number."""
+  axis = lambda n: jax.lax.broadcasted_iota(jnp.int32, scores_qs.shape, n)
+  seen_qs = axis(0) - axis(1) >= j * tiling.block_k - i * tiling.block_q
+  if segments_q1 is not None:
+    seen_qs &= segments_q1 == segments_1s
+  return jnp.where(seen_qs, scores_qs, MASKED)
+
+
+def biased(q_qk, bias_1k, divisor: float) -> jax.Array:
+  """(q + bias) / divisor, rounded once, to the dtype of q."""
+  return ((q_qk.astype(jnp.float32) + bias_1k) * (1 / divisor)).astype(q_qk.dtype)
+
+
+def column(x_1q: jax.Array) -> jax.Array:
+  """A row of 32-bit numbers as a column."""
+  return jnp.broadcast_to(x_1q, (SUBLANES, x_1q.shape[1])).T[:, :1]
+
+
+def row(x_q1: jax.Array) -> jax.Array:
+  """A column of 32-bit numbers as a row."""
+  return jnp.broadcast_to(x_q1, (x_q1.shape[0], LANES)).T[:1]

@@ -1,0 +1,99 @@
+"""The forward kernel of `relative_tpu`: one pass over the tiles, with a running softmax."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from chinchilla_jax.kernels import relative_tpu_blocks as blocks
+from chinchilla_jax.kernels.relative_tpu_blocks import Tiling
+
+
+def _kernel(tiles_ref, q_ref, k_ref, value_ref, r_ref, u_ref, v_ref, segments_q_ref,
+            segments_s_ref, out_ref, logsumexp_ref, content_qk, position_qk, segments_q1, top_q1,
+            total_q1, mixed_qk, *, tiling: Tiling, divisor: float):
+  i, j = tiles_ref[0, pl.program_id(2)], tiles_ref[1, pl.program_id(2)]
+
+  @pl.when(j == 0)
+  def _():
+    content_qk[...] = blocks.biased(q_ref[...], u_ref[...], divisor)
+    position_qk[...] = blocks.biased(q_ref[...], v_ref[...], divisor)
+    if segments_q_ref is not None:
+      segments_q1[...] = blocks.column(segments_q_ref[...])
+    top_q1[...] = jnp.full_like(top_q1, blocks.MASKED)
+    total_q1[...] = jnp.zeros_like(total_q1)
+    mixed_qk[...] = jnp.zeros_like(mixed_qk)
+
+  scores_qs = blocks.scores(content_qk[...], position_qk[...], k_ref[...], r_ref, tiling, i, j)
+  of_q, of_s = (None, None) if segments_q_ref is None else (segments_q1[...], segments_s_ref[...])
+  scores_qs = blocks.mask(scores_qs, of_q, of_s, tiling, i, j)
+  # A row that has seen no key of its document yet mixes what it must not; the first key that it
+  # may see, at the latest its own, takes all of that away again: exp(MASKED - score) is 0.
+  before_q1 = top_q1[...]
+  now_q1 = jnp.maximum(before_q1, jnp.max(scores_qs, axis=1, keepdims=True))
+  fade_q1 = jnp.exp(before_q1 - now_q1)
+  weights_qs = jnp.exp(scores_qs - now_q1)
+  top_q1[...] = now_q1
+  total_q1[...] = total_q1[...] * fade_q1 + jnp.sum(weights_qs, axis=1, keepdims=True)
+  values_sk = value_ref[...]
+  mixed_qk[...] = (mixed_qk[...] * fade_q1
+                   + blocks.dot(weights_qs.astype(values_sk.dtype), values_sk, 1, 0))
+
+  @pl.when(j == tiling.last_key(i))
+  def _():
+    out_ref[...] = (mixed_qk[...] / total_q1[...]).astype(out_ref.dtype)
+    logsumexp_ref[...] = blocks.row(top_q1[...] + jnp.log(total_q1[...]))
+
+
+def forward(q_hbtk, k_hbtk, v_hbtk, r_hnk, u_h1k, v_h1k, segments_b1t, *, tiling: Tiling,
+            divisor: float, interpret: bool) -> tuple[jax.Array, jax.Array]:
+  """Attention over whole tiles.
+
+  Args:
+    q_hbtk, k_hbtk, v_hbtk: t is `tiling.length`.
+    r_hnk: n is `tiling.distances`, the first of them that of distance `tiling.length`.
+    u_h1k, v_h1k: float32.
+    segments_b1t: int32 or None.
+
+  Returns:
+    (out_hbtk in the dtype of q, the scores' logsumexp_hb1t in float32)
+  """
+  h, b, t, k = q_hbtk.shape
+  tiles = tiling.row_major()
+  queries = lambda h, b, step, tiles: (h, b, tiles[0, step], 0)
+  keys = lambda h, b, step, tiles: (h, b, tiles[1, step], 0)
+  head = lambda h, b, step, tiles: (h, 0, 0)
+  bq, bk = tiling.block_q, tiling.block_k
+  block_q = pl.BlockSpec((None, None, bq, k), queries)
+  block_k = pl.BlockSpec((None, None, bk, k), keys)
+  segments = [None, None]
+  if segments_b1t is not None:
+    segments = [pl.BlockSpec((None, 1, bq), lambda h, b, step, tiles: (b, 0, tiles[0, step])),
+                pl.BlockSpec((None, 1, bk), lambda h, b, step, tiles: (b, 0, tiles[1, step]))]
+  pairs = h * b * tiles.shape[1] * bq * bk
+  column = pltpu.VMEM((bq, 1), jnp.float32)
+  return pl.pallas_call(
+      functools.partial(_kernel, tiling=tiling, divisor=divisor),
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+          num_scalar_prefetch=1,
+          grid=(h, b, tiles.shape[1]),
+          in_specs=[block_q, block_k, block_k, pl.BlockSpec((None, tiling.distances, k), head),
+                    pl.BlockSpec((None, 1, k), head), pl.BlockSpec((None, 1, k), head), *segments],
+          out_specs=[block_q, pl.BlockSpec((None, None, 1, bq), lambda h, b, step, tiles:
+                                           (h, b, 0, tiles[0, step]))],
+          scratch_shapes=[pltpu.VMEM((bq, k), q_hbtk.dtype), pltpu.VMEM((bq, k), q_hbtk.dtype),
+                          pltpu.VMEM((bq, 1), jnp.int32), column, column,
+                          pltpu.VMEM((bq, k), jnp.float32)]),
+      out_shape=[jax.ShapeDtypeStruct(q_hbtk.shape, q_hbtk.dtype),
+                 jax.ShapeDtypeStruct((h, b, 1, t), jnp.float32)],
+      compiler_params=pltpu.CompilerParams(
+          dimension_semantics=("parallel", "parallel", "arbitrary")),
+      cost_estimate=pl.CostEstimate(
+          flops=2 * k * pairs * (2 * bk + tiling.window) // bk,
+          bytes_accessed=0,
+          transcendentals=pairs),
+      interpret=interpret,
+      name="relative_attention_forward",
+  )(tiles, q_hbtk, k_hbtk, v_hbtk, r_hnk, u_h1k, v_h1k, segments_b1t, segments_b1t)
