@@ -15,7 +15,7 @@ def _kernel(tiles_ref, q_ref, k_ref, value_ref, r_ref, u_ref, v_ref, segments_q_
             segments_s_ref, logsumexp_ref, delta_ref, grad_ref, dq_ref, dk_ref, dvalue_ref,
             dr_ref, du_ref, dv_ref, dq_tk, dk_sk, dvalue_sk, *, tiling: Tiling, divisor: float):
   step = pl.program_id(2)
-  i, j = tiles_ref[0, step], tiles_ref[1, step]
+  i, j, first, last, q_whole = (tiles_ref[n, step] for n in range(5))
 
   @pl.when(step == 0)
   def _():
@@ -27,7 +27,7 @@ def _kernel(tiles_ref, q_ref, k_ref, value_ref, r_ref, u_ref, v_ref, segments_q_
     du_ref[...] = jnp.zeros_like(du_ref)
     dv_ref[...] = jnp.zeros_like(dv_ref)
 
-  @pl.when(i == tiling.first_query(j))
+  @pl.when(first == 1)
   def _():
     dk_sk[...] = jnp.zeros_like(dk_sk)
     dvalue_sk[...] = jnp.zeros_like(dvalue_sk)
@@ -62,11 +62,11 @@ def _kernel(tiles_ref, q_ref, k_ref, value_ref, r_ref, u_ref, v_ref, segments_q_
   of_block = pl.ds(pl.multiple_of(i * tiling.block_q, tiling.block_q), tiling.block_q)
   dq_tk[of_block, :] += dq_qk + jnp.concatenate(by_position, axis=0)
 
-  @pl.when(j == tiling.last_key(i))
+  @pl.when(q_whole == 1)
   def _():
     dq_ref[...] = (dq_tk[of_block, :] * (1 / divisor)).astype(dq_ref.dtype)
 
-  @pl.when(i == tiling.length // tiling.block_q - 1)
+  @pl.when(last == 1)
   def _():
     dk_ref[...] = dk_sk[...].astype(dk_ref.dtype)
     dvalue_ref[...] = dvalue_sk[...].astype(dvalue_ref.dtype)
@@ -86,10 +86,10 @@ def backward(q_hbtk, k_hbtk, v_hbtk, r_hnk, u_h1k, v_h1k, segments_b1t, logsumex
     (dr_hnk, du_h1k * divisor, dv_h1k * divisor)
   """
   h, b, t, k = q_hbtk.shape
-  tiles = tiling.column_major()
+  tiles = tiling.tiles_by_key()
   queries = lambda h, b, step, tiles: (h, b, tiles[0, step], 0)
   keys = lambda h, b, step, tiles: (h, b, tiles[1, step], 0)
-  done = lambda h, b, step, tiles: (h, b, tiles[2, step], 0)
+  whole = lambda h, b, step, tiles: (h, b, tiles[5, step], 0)
   head = lambda h, b, step, tiles: (h, 0, 0)
   bq, bk = tiling.block_q, tiling.block_k
   block_q = pl.BlockSpec((None, None, bq, k), queries)
@@ -109,7 +109,7 @@ def backward(q_hbtk, k_hbtk, v_hbtk, r_hnk, u_h1k, v_h1k, segments_b1t, logsumex
           num_scalar_prefetch=1,
           grid=(h, b, tiles.shape[1]),
           in_specs=[block_q, block_k, block_k, relative, bias, bias, *segments, row, row, block_q],
-          out_specs=[pl.BlockSpec((None, None, bq, k), done), block_k, block_k, relative, bias,
+          out_specs=[pl.BlockSpec((None, None, bq, k), whole), block_k, block_k, relative, bias,
                      bias],
           scratch_shapes=[pltpu.VMEM((t, k), jnp.float32), pltpu.VMEM((bk, k), jnp.float32),
                           pltpu.VMEM((bk, k), jnp.float32)]),

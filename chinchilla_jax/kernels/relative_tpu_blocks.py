@@ -67,32 +67,35 @@ class Tiling:
     """
     return self.length + max(self.block_q, self.block_k)
 
-  def row_major(self) -> np.ndarray:
-    """The tiles that hold a pair of a query and a key not after it: int32 [2, tiles], (i, j)."""
-    return np.array([(i, j) for i in range(self.length // self.block_q)
-                     for j in range(self.last_key(i) + 1)], np.int32).T
+  def tiles(self) -> np.ndarray:
+    """Tiles that hold a query and a key not after it, a block of queries at a time.
 
-  def column_major(self) -> np.ndarray:
-    """The same, a block of keys at a time: int32 [3, tiles], (i, j, done).
-
-    `done` is the block of queries that was last met with its last block of keys, or else the
-    one that will be first. It never falls, so a buffer that follows it is written back once.
+    Returns:
+      int32 [4, tiles]: block i of the queries, j of the keys, and whether the tile is the first
+      and the last of block i.
     """
-    tiles, done = [], 0
+    rows = [(i, j, j == 0, j == self._last_key(i)) for i in range(self.length // self.block_q)
+            for j in range(self._last_key(i) + 1)]
+    return np.array(rows, np.int32).T
+
+  def tiles_by_key(self) -> np.ndarray:
+    """The same tiles, a block of keys at a time.
+
+    Returns:
+      int32 [6, tiles]: i, j, whether the tile is the first and the last of block j, whether it
+      is the last of block i, and the block of queries whose last tile was met last (0 before).
+      The latter never falls: a buffer that follows it goes out once per block, complete.
+    """
+    blocks, whole, rows = self.length // self.block_q, 0, []
     for j in range(self.length // self.block_k):
-      for i in range(self.first_query(j), self.length // self.block_q):
-        if j == self.last_key(i):
-          done = i
-        tiles.append((i, j, done))
-    return np.array(tiles, np.int32).T
+      first = j * self.block_k // self.block_q
+      for i in range(first, blocks):
+        whole = i if j == self._last_key(i) else whole
+        rows.append((i, j, i == first, i == blocks - 1, j == self._last_key(i), whole))
+    return np.array(rows, np.int32).T
 
-  def last_key(self, i):
-    """The block of keys that block i of the queries ends in."""
+  def _last_key(self, i: int) -> int:
     return ((i + 1) * self.block_q - 1) // self.block_k
-
-  def first_query(self, j):
-    """The block of queries that block j of the keys begins in."""
-    return (j * self.block_k) // self.block_q
 
   def window_start(self, i, j, part: int):
     """Row of the relative keys where the window of rows part * rows ... of tile (i, j) begins."""
@@ -125,10 +128,11 @@ def shift(x_qw: jax.Array, tiling: Tiling) -> jax.Array:
 
 
 def unshift(x_qs: jax.Array, tiling: Tiling) -> jax.Array:
-  """The transpose of `shift`: [rows, keys] to [rows, window], zeros where nothing comes from."""
+  """The transpose of `shift`: [rows, keys] to [rows, window], zeros where nothing comes from.
+
+  Row a is rotated left by a, for which no generation has an instruction.
+  """
   x_qw = jnp.concatenate([jnp.zeros((tiling.rows, tiling.rows), x_qs.dtype), x_qs], axis=1)
-  if tiling.strided:  # A rotation to the left by a is one to the right by a * (window - 1).
-    return pltpu.roll(x_qw, 0, 1, stride=tiling.window - 1, stride_axis=0)
   return _ladder(x_qw, lambda a: -a % tiling.window)
 
 

@@ -14,9 +14,9 @@ from chinchilla_jax.kernels.relative_tpu_blocks import Tiling
 def _kernel(tiles_ref, q_ref, k_ref, value_ref, r_ref, u_ref, v_ref, segments_q_ref,
             segments_s_ref, out_ref, logsumexp_ref, content_qk, position_qk, segments_q1, top_q1,
             total_q1, mixed_qk, *, tiling: Tiling, divisor: float):
-  i, j = tiles_ref[0, pl.program_id(2)], tiles_ref[1, pl.program_id(2)]
+  i, j, first, last = (tiles_ref[n, pl.program_id(2)] for n in range(4))
 
-  @pl.when(j == 0)
+  @pl.when(first == 1)
   def _():
     content_qk[...] = blocks.biased(q_ref[...], u_ref[...], divisor)
     position_qk[...] = blocks.biased(q_ref[...], v_ref[...], divisor)
@@ -41,7 +41,7 @@ def _kernel(tiles_ref, q_ref, k_ref, value_ref, r_ref, u_ref, v_ref, segments_q_
   mixed_qk[...] = (mixed_qk[...] * fade_q1
                    + blocks.dot(weights_qs.astype(values_sk.dtype), values_sk, 1, 0))
 
-  @pl.when(j == tiling.last_key(i))
+  @pl.when(last == 1)
   def _():
     out_ref[...] = (mixed_qk[...] / total_q1[...]).astype(out_ref.dtype)
     logsumexp_ref[...] = blocks.row(top_q1[...] + jnp.log(total_q1[...]))
@@ -61,7 +61,7 @@ def forward(q_hbtk, k_hbtk, v_hbtk, r_hnk, u_h1k, v_h1k, segments_b1t, *, tiling
     (out_hbtk in the dtype of q, the scores' logsumexp_hb1t in float32)
   """
   h, b, t, k = q_hbtk.shape
-  tiles = tiling.row_major()
+  tiles = tiling.tiles()
   queries = lambda h, b, step, tiles: (h, b, tiles[0, step], 0)
   keys = lambda h, b, step, tiles: (h, b, tiles[1, step], 0)
   head = lambda h, b, step, tiles: (h, 0, 0)
