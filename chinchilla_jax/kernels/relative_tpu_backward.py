@@ -95,11 +95,14 @@ def backward(q_hbtk, k_hbtk, v_hbtk, r_hnk, u_h1k, v_h1k, segments_b1t, logsumex
   block_q = pl.BlockSpec((None, None, bq, k), queries)
   block_k = pl.BlockSpec((None, None, bk, k), keys)
   row = pl.BlockSpec((None, None, 1, bq), lambda h, b, step, tiles: (h, b, 0, tiles[0, step]))
-  relative, bias = (pl.BlockSpec((None, n, k), head) for n in (tiling.distances, 1))
+  # Buffered once: they change with the head only, and are the largest things here.
+  relative = pl.BlockSpec((None, tiling.distances, k), head, pipeline_mode=pl.Buffered(1))
+  bias = pl.BlockSpec((None, 1, k), head)
   segments = [None, None]
   if segments_b1t is not None:
     segments = [pl.BlockSpec((None, 1, bq), lambda h, b, step, tiles: (b, 0, tiles[0, step])),
                 pl.BlockSpec((None, 1, bk), lambda h, b, step, tiles: (b, 0, tiles[1, step]))]
+  size = q_hbtk.dtype.itemsize
   pairs = h * b * tiles.shape[1] * bq * bk
   like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
   bias_shape = jax.ShapeDtypeStruct((h, 1, k), jnp.float32)
@@ -117,10 +120,12 @@ def backward(q_hbtk, k_hbtk, v_hbtk, r_hnk, u_h1k, v_h1k, segments_b1t, logsumex
                  jax.ShapeDtypeStruct(r_hnk.shape, jnp.float32), bias_shape, bias_shape],
       # The gradient of r sums over sequences, so one core must see all of a head's.
       compiler_params=pltpu.CompilerParams(
-          dimension_semantics=("parallel", "arbitrary", "arbitrary")),
+          dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+          vmem_limit_bytes=blocks.VMEM_LIMIT),
       cost_estimate=pl.CostEstimate(
           flops=2 * k * pairs * (5 * bk + 3 * tiling.window) // bk,
-          bytes_accessed=0,
+          bytes_accessed=(h * b * (5 * t + 2 * tiles.shape[1] * bq) * k * size
+                          + h * tiling.distances * k * (size + 4)),
           transcendentals=pairs),
       interpret=interpret,
       name="relative_attention_backward",

@@ -25,6 +25,9 @@ from chinchilla_jax.errors import UserError
 LANES = 128
 SUBLANES = 8
 MASKED = -1e30  # finite, as in model.attention
+# Of a kernel. The default is far below what most chips have (16 MiB v4, 64 MiB v5p and tpu7x, 128
+# MiB v5e and v6e); what a kernel does not need it does not take, and no chip is overdrawn.
+VMEM_LIMIT = 128 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)

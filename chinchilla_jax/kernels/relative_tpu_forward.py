@@ -68,10 +68,13 @@ def forward(q_hbtk, k_hbtk, v_hbtk, r_hnk, u_h1k, v_h1k, segments_b1t, *, tiling
   bq, bk = tiling.block_q, tiling.block_k
   block_q = pl.BlockSpec((None, None, bq, k), queries)
   block_k = pl.BlockSpec((None, None, bk, k), keys)
+  relative = pl.BlockSpec((None, tiling.distances, k), head, pipeline_mode=pl.Buffered(1))
+  bias = pl.BlockSpec((None, 1, k), head)
   segments = [None, None]
   if segments_b1t is not None:
     segments = [pl.BlockSpec((None, 1, bq), lambda h, b, step, tiles: (b, 0, tiles[0, step])),
                 pl.BlockSpec((None, 1, bk), lambda h, b, step, tiles: (b, 0, tiles[1, step]))]
+  size = q_hbtk.dtype.itemsize
   pairs = h * b * tiles.shape[1] * bq * bk
   column = pltpu.VMEM((bq, 1), jnp.float32)
   return pl.pallas_call(
@@ -79,8 +82,7 @@ def forward(q_hbtk, k_hbtk, v_hbtk, r_hnk, u_h1k, v_h1k, segments_b1t, *, tiling
       grid_spec=pltpu.PrefetchScalarGridSpec(
           num_scalar_prefetch=1,
           grid=(h, b, tiles.shape[1]),
-          in_specs=[block_q, block_k, block_k, pl.BlockSpec((None, tiling.distances, k), head),
-                    pl.BlockSpec((None, 1, k), head), pl.BlockSpec((None, 1, k), head), *segments],
+          in_specs=[block_q, block_k, block_k, relative, bias, bias, *segments],
           out_specs=[block_q, pl.BlockSpec((None, None, 1, bq), lambda h, b, step, tiles:
                                            (h, b, 0, tiles[0, step]))],
           scratch_shapes=[pltpu.VMEM((bq, k), q_hbtk.dtype), pltpu.VMEM((bq, k), q_hbtk.dtype),
@@ -89,10 +91,12 @@ def forward(q_hbtk, k_hbtk, v_hbtk, r_hnk, u_h1k, v_h1k, segments_b1t, *, tiling
       out_shape=[jax.ShapeDtypeStruct(q_hbtk.shape, q_hbtk.dtype),
                  jax.ShapeDtypeStruct((h, b, 1, t), jnp.float32)],
       compiler_params=pltpu.CompilerParams(
-          dimension_semantics=("parallel", "parallel", "arbitrary")),
+          dimension_semantics=("parallel", "parallel", "arbitrary"),
+          vmem_limit_bytes=blocks.VMEM_LIMIT),
       cost_estimate=pl.CostEstimate(
           flops=2 * k * pairs * (2 * bk + tiling.window) // bk,
-          bytes_accessed=0,
+          bytes_accessed=size * k * (2 * h * b * (t + tiles.shape[1] * bk)
+                                     + h * tiling.distances),
           transcendentals=pairs),
       interpret=interpret,
       name="relative_attention_forward",
