@@ -11,6 +11,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from chinchilla_jax.errors import UserError
 from chinchilla_jax.kernels import relative_tpu_blocks as blocks
@@ -24,7 +25,8 @@ BLOCK = 512
 def relative_attention(q_hbtk: jax.Array, k_hbtk: jax.Array, v_hbtk: jax.Array, r_hnk: jax.Array,
                        u_hk: jax.Array, v_hk: jax.Array, segments_bt: jax.Array | None, *,
                        divisor: float, block_q: int = BLOCK, block_k: int = BLOCK,
-                       strided: bool = False, interpret: bool = False) -> jax.Array:
+                       strided: bool = False, name: str | None = None,
+                       interpret: bool = False) -> jax.Array:
   """Causal attention with relative positions.
 
   Products are made in the dtype of q and summed in float32; q + u and q + v are rounded to the
@@ -38,8 +40,10 @@ def relative_attention(q_hbtk: jax.Array, k_hbtk: jax.Array, v_hbtk: jax.Array, 
     divisor: of the scores, a constant.
     block_q, block_k: queries and keys of a tile, powers of two from 128 on. A short sequence
       takes smaller ones.
-    strided: shift rows in one instruction, which v5e, v5p, v6e and tpu7x have. Without it a few
-      plain ones do the same on any generation.
+    strided: the forward shift is one instruction, which v5e, v5p, v6e and tpu7x have. Without it
+      a few plain ones do the same on any generation.
+    name: under which `jax.checkpoint` policies find the output and the scores' logsumexp. Naming
+      the result outside is not enough: the backward pass would run the forward kernel again.
     interpret: run without a TPU, in plain JAX; any power of two will do for a block.
 
   Returns:
@@ -58,25 +62,28 @@ def relative_attention(q_hbtk: jax.Array, k_hbtk: jax.Array, v_hbtk: jax.Array, 
   tiling = Tiling(padded, block_q, block_k, strided)
   if segments_bt is not None:
     segments_bt = segments_bt.astype(jnp.int32)
-  return _attend(tiling, divisor, interpret, q_hbtk, k_hbtk, v_hbtk, r_hnk, u_hk, v_hk,
+  return _attend((tiling, divisor, name, interpret), q_hbtk, k_hbtk, v_hbtk, r_hnk, u_hk, v_hk,
                  segments_bt)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attend(tiling, divisor, interpret, q_hbtk, k_hbtk, v_hbtk, r_hnk, u_hk, v_hk, segments_bt):
-  return _forward(tiling, divisor, interpret, q_hbtk, k_hbtk, v_hbtk, r_hnk, u_hk, v_hk,
-                  segments_bt)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(static, q_hbtk, k_hbtk, v_hbtk, r_hnk, u_hk, v_hk, segments_bt):
+  return _forward(static, q_hbtk, k_hbtk, v_hbtk, r_hnk, u_hk, v_hk, segments_bt)[0]
 
 
-def _forward(tiling, divisor, interpret, *arrays):
+def _forward(static, *arrays):
+  tiling, divisor, name, interpret = static
   t = arrays[0].shape[2]
   out_hbtk, logsumexp_hb1t = forward(*_whole_tiles(tiling, *arrays), tiling=tiling,
                                      divisor=divisor, interpret=interpret)
   out_hbtk, logsumexp_hbt = out_hbtk[:, :, :t], logsumexp_hb1t[:, :, 0, :t]
+  if name is not None:
+    out_hbtk, logsumexp_hbt = (checkpoint_name(x, name) for x in (out_hbtk, logsumexp_hbt))
   return out_hbtk, (arrays, out_hbtk, logsumexp_hbt)
 
 
-def _backward(tiling, divisor, interpret, saved, grad_hbtk):
+def _backward(static, saved, grad_hbtk):
+  tiling, divisor, _, interpret = static
   arrays, out_hbtk, logsumexp_hbt = saved
   q_hbtk, _, _, r_hnk, u_hk, v_hk, _ = arrays
   t, ahead = q_hbtk.shape[2], tiling.length - q_hbtk.shape[2]

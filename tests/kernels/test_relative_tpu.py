@@ -58,13 +58,10 @@ def distance(got, want):
 
 CASES = [
     # tokens, kv_size, block_q, block_k, strided, documents
-    (32, 8, 8, 8, False, 3),
-    (29, 8, 16, 8, True, 3),   # does not divide; taller than wide
-    (29, 8, 8, 32, False, 2),  # a tile that reaches far ahead of its queries
+    (29, 64, 16, 8, True, 3),    # does not divide; taller than wide
+    (29, 128, 8, 32, False, 2),  # a tile that reaches far ahead of its queries
     (41, 6, 16, 16, True, 0),
     (1, 8, 8, 8, False, 1),
-    (16, 64, 8, 8, True, 2),
-    (16, 128, 8, 16, False, 2),
     (200, 8, 256, 128, False, 2),  # two parts to a tile
 ]
 
@@ -153,6 +150,17 @@ def test_what_is_kept_for_the_backward_pass_is_the_output_and_a_number_a_query()
   sizes = sorted(x.size for x in jax.tree.leaves(kept) if x.dtype == jnp.float32)
   inputs = [x.size for x in arrays]
   assert sizes == sorted([*inputs, arrays[0].size, 2 * 32])
+
+
+@pytest.mark.parametrize(("name", "forward_passes"), [("mixed", 1), (None, 2)])
+def test_a_policy_that_saves_the_name_runs_the_forward_kernel_once(name, forward_passes):
+  arrays, segments_bt, _ = draw(1, 1, 16, 8)
+  policy = jax.checkpoint_policies.save_only_these_names("mixed")
+  f = jax.checkpoint(lambda q: jnp.sum(kernel(
+      segments_bt, q, *arrays[1:], name=name, block_q=8, block_k=8)), policy=policy)
+  text = str(jax.make_jaxpr(jax.grad(f))(arrays[0]))
+  assert text.count("name=relative_attention_forward") == forward_passes
+  assert text.count("name=relative_attention_backward") == 1
 
 
 @pytest.mark.parametrize(("blocks", "said"), [
