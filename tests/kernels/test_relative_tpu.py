@@ -53,7 +53,7 @@ def everything(f, arrays, segments_bt, grad):
 
 def distance(got, want):
   got, want = (np.asarray(x, np.float64) for x in (got, want))
-  return np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-3)
+  return np.linalg.norm(got - want) / max(np.linalg.norm(want), 1)
 
 
 CASES = [
@@ -152,17 +152,6 @@ def test_what_is_kept_for_the_backward_pass_is_the_output_and_a_number_a_query()
   assert sizes == sorted([*inputs, arrays[0].size, 2 * 32])
 
 
-@pytest.mark.parametrize(("name", "forward_passes"), [("mixed", 1), (None, 2)])
-def test_a_policy_that_saves_the_name_runs_the_forward_kernel_once(name, forward_passes):
-  arrays, segments_bt, _ = draw(1, 1, 16, 8)
-  policy = jax.checkpoint_policies.save_only_these_names("mixed")
-  f = jax.checkpoint(lambda q: jnp.sum(kernel(
-      segments_bt, q, *arrays[1:], name=name, block_q=8, block_k=8)), policy=policy)
-  text = str(jax.make_jaxpr(jax.grad(f))(arrays[0]))
-  assert text.count("name=relative_attention_forward") == forward_passes
-  assert text.count("name=relative_attention_backward") == 1
-
-
 @pytest.mark.parametrize(("blocks", "said"), [
     (dict(block_q=64), "blocks of 64 queries and 512 keys; a TPU takes multiples of 128"),
     (dict(block_q=384, block_k=256), "blocks of 384 queries and 256 keys do not tile 768 tokens"),
@@ -179,7 +168,10 @@ def test_blocks_that_do_not_fit(blocks, said):
     ("v4:2x2x1", False, 1100, 128), ("v5e:2x2", True, 1100, 64), ("v5p:2x2x1", True, 1100, 128),
     ("v6e:2x2", True, 1100, 128), ("tpu7x:2x2x1", True, 1100, 128), ("v4:2x2x1", False, 4096, 128)])
 def test_it_compiles(name, strided, t, k):
-  """Both kernels with default blocks; the last is the longest sequence that v4 takes with them."""
+  """Default blocks; the last is the longest sequence that v4 takes with them.
+
+  A policy that saves the name has the forward kernel run once.
+  """
   found = ahead.devices(topology.parse(name))
   mesh = jax.sharding.Mesh(np.array(found[:1]), ("data",))
   here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -188,11 +180,14 @@ def test_it_compiles(name, strided, t, k):
   r, u = array(jnp.bfloat16, 2, t + 1, k), array(jnp.float32, 2, k)
 
   def run(arrays, segments_bt, grad):
-    f = lambda *a: relative_attention(*a, segments_bt, divisor=8.0, strided=strided)
-    out, vjp = jax.vjp(f, *arrays)
+    f = lambda *a: relative_attention(*a, segments_bt, divisor=8.0, strided=strided, name="mixed")
+    policy = jax.checkpoint_policies.save_only_these_names("mixed")
+    out, vjp = jax.vjp(jax.checkpoint(f, policy=policy), *arrays)
     return out, vjp(grad)
 
   lowered = jax.jit(run).lower((q, q, q, r, u, u), array(jnp.int32, 1, t), q)
   text = lowered.compile().as_text()
-  assert "relative_attention_forward" in text and "relative_attention_backward" in text
+  calls = [line for line in text.splitlines() if "tpu_custom_call" in line]
+  assert [kernel_name in line for line in calls for kernel_name in
+          ("relative_attention_forward", "relative_attention_backward")] == [1, 0, 0, 1]
   assert f"{t},{t}" not in text
