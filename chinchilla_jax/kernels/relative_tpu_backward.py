@@ -40,10 +40,11 @@ def _kernel(tiles_ref, q_ref, k_ref, value_ref, r_ref, u_ref, v_ref, segments_q_
   if segments_q_ref is not None:
     of_q, of_s = blocks.column(segments_q_ref[...]), segments_s_ref[...]
   scores_qs = blocks.mask(scores_qs, of_q, of_s, tiling, i, j)
-  weights_qs = jnp.exp(scores_qs - blocks.column(logsumexp_ref[...]))
+  column = lambda ref: blocks.spread(blocks.column(ref[...]), tiling.block_k)
+  weights_qs = jnp.exp(scores_qs - column(logsumexp_ref))
   dvalue_sk[...] += blocks.dot(weights_qs.astype(grad_qk.dtype), grad_qk, 0, 0)
   dweights_qs = blocks.dot(grad_qk, value_ref[...], 1, 1)
-  dscores_qs = weights_qs * (dweights_qs - blocks.column(delta_ref[...]))
+  dscores_qs = weights_qs * (dweights_qs - column(delta_ref))
   low_qs = dscores_qs.astype(q_qk.dtype)
   dk_sk[...] += blocks.dot(low_qs, content_qk, 0, 0)
   # What reaches q + u by the content term is the gradient of u; by the position term, of v.

@@ -171,12 +171,12 @@ def scores(q_content_qk, q_position_qk, k_sk, r_ref, tiling: Tiling, i, j) -> ja
   return dot(q_content_qk, k_sk, 1, 1) + jnp.concatenate(parts, axis=0)
 
 
-def mask(scores_qs, segments_q1, segments_1s, tiling: Tiling, i, j) -> jax.Array:
+def mask(scores_qs, segments_ql, segments_1s, tiling: Tiling, i, j) -> jax.Array:
   """Scores where the key is not after the query and in its document, else a very low number."""
   axis = lambda n: jax.lax.broadcasted_iota(jnp.int32, scores_qs.shape, n)
   seen_qs = axis(0) - axis(1) >= j * tiling.block_k - i * tiling.block_q
-  if segments_q1 is not None:
-    seen_qs &= segments_q1 == segments_1s
+  if segments_ql is not None:
+    seen_qs &= spread(segments_ql, tiling.block_k) == segments_1s
   return jnp.where(seen_qs, scores_qs, MASKED)
 
 
@@ -186,10 +186,18 @@ def biased(q_qk, bias_1k, divisor: float) -> jax.Array:
 
 
 def column(x_1q: jax.Array) -> jax.Array:
-  """A row of 32-bit numbers as a column."""
-  return jnp.broadcast_to(x_1q, (SUBLANES, x_1q.shape[1])).T[:, :1]
+  """A row of 32-bit numbers as a column, x_ql: the same number in every lane.
+
+  A column of one lane would have to be sent to all of them at each use.
+  """
+  return jnp.broadcast_to(x_1q, (LANES, x_1q.shape[1])).T
 
 
-def row(x_q1: jax.Array) -> jax.Array:
-  """A column of 32-bit numbers as a row."""
-  return jnp.broadcast_to(x_q1, (x_q1.shape[0], LANES)).T[:1]
+def spread(x_ql: jax.Array, n: int) -> jax.Array:
+  """A column, as wide as n lanes."""
+  return jnp.concatenate([x_ql] * -(-n // LANES), axis=1)[:, :n]
+
+
+def row(x_ql: jax.Array) -> jax.Array:
+  """The opposite of `column`."""
+  return x_ql.T[:1]

@@ -12,8 +12,8 @@ from chinchilla_jax.kernels.relative_tpu_blocks import Tiling
 
 
 def _kernel(tiles_ref, q_ref, k_ref, value_ref, r_ref, u_ref, v_ref, segments_q_ref,
-            segments_s_ref, out_ref, logsumexp_ref, content_qk, position_qk, segments_q1, top_q1,
-            total_q1, mixed_qk, *, tiling: Tiling, divisor: float):
+            segments_s_ref, out_ref, logsumexp_ref, content_qk, position_qk, segments_ql, top_ql,
+            total_ql, mixed_qk, *, tiling: Tiling, divisor: float):
   i, j, first, last = (tiles_ref[n, pl.program_id(2)] for n in range(4))
 
   @pl.when(first == 1)
@@ -21,30 +21,31 @@ def _kernel(tiles_ref, q_ref, k_ref, value_ref, r_ref, u_ref, v_ref, segments_q_
     content_qk[...] = blocks.biased(q_ref[...], u_ref[...], divisor)
     position_qk[...] = blocks.biased(q_ref[...], v_ref[...], divisor)
     if segments_q_ref is not None:
-      segments_q1[...] = blocks.column(segments_q_ref[...])
-    top_q1[...] = jnp.full_like(top_q1, blocks.MASKED)
-    total_q1[...] = jnp.zeros_like(total_q1)
+      segments_ql[...] = blocks.column(segments_q_ref[...])
+    top_ql[...] = jnp.full_like(top_ql, blocks.MASKED)
+    total_ql[...] = jnp.zeros_like(total_ql)
     mixed_qk[...] = jnp.zeros_like(mixed_qk)
 
   scores_qs = blocks.scores(content_qk[...], position_qk[...], k_ref[...], r_ref, tiling, i, j)
-  of_q, of_s = (None, None) if segments_q_ref is None else (segments_q1[...], segments_s_ref[...])
+  of_q, of_s = (None, None) if segments_q_ref is None else (segments_ql[...], segments_s_ref[...])
   scores_qs = blocks.mask(scores_qs, of_q, of_s, tiling, i, j)
   # A row that has seen no key of its document yet mixes what it must not; the first key that it
   # may see, at the latest its own, takes all of that away again: exp(MASKED - score) is 0.
-  before_q1 = top_q1[...]
-  now_q1 = jnp.maximum(before_q1, jnp.max(scores_qs, axis=1, keepdims=True))
-  fade_q1 = jnp.exp(before_q1 - now_q1)
-  weights_qs = jnp.exp(scores_qs - now_q1)
-  top_q1[...] = now_q1
-  total_q1[...] = total_q1[...] * fade_q1 + jnp.sum(weights_qs, axis=1, keepdims=True)
+  before_ql = top_ql[...]
+  now_ql = jnp.maximum(before_ql, jnp.max(scores_qs, axis=1, keepdims=True))
+  fade_ql = jnp.exp(before_ql - now_ql)
+  weights_qs = jnp.exp(scores_qs - blocks.spread(now_ql, tiling.block_k))
+  top_ql[...] = now_ql
+  total_ql[...] = total_ql[...] * fade_ql + jnp.sum(weights_qs, axis=1, keepdims=True)
   values_sk = value_ref[...]
-  mixed_qk[...] = (mixed_qk[...] * fade_q1
+  k = values_sk.shape[1]
+  mixed_qk[...] = (mixed_qk[...] * blocks.spread(fade_ql, k)
                    + blocks.dot(weights_qs.astype(values_sk.dtype), values_sk, 1, 0))
 
   @pl.when(last == 1)
   def _():
-    out_ref[...] = (mixed_qk[...] / total_q1[...]).astype(out_ref.dtype)
-    logsumexp_ref[...] = blocks.row(top_q1[...] + jnp.log(total_q1[...]))
+    out_ref[...] = (mixed_qk[...] / blocks.spread(total_ql[...], k)).astype(out_ref.dtype)
+    logsumexp_ref[...] = blocks.row(top_ql[...] + jnp.log(total_ql[...]))
 
 
 def forward(q_hbtk, k_hbtk, v_hbtk, r_hnk, u_h1k, v_h1k, segments_b1t, *, tiling: Tiling,
@@ -76,7 +77,7 @@ def forward(q_hbtk, k_hbtk, v_hbtk, r_hnk, u_h1k, v_h1k, segments_b1t, *, tiling
                 pl.BlockSpec((None, 1, bk), lambda h, b, step, tiles: (b, 0, tiles[1, step]))]
   size = q_hbtk.dtype.itemsize
   pairs = h * b * tiles.shape[1] * bq * bk
-  column = pltpu.VMEM((bq, 1), jnp.float32)
+  column = pltpu.VMEM((bq, blocks.LANES), jnp.float32)
   return pl.pallas_call(
       functools.partial(_kernel, tiling=tiling, divisor=divisor),
       grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -86,7 +87,7 @@ def forward(q_hbtk, k_hbtk, v_hbtk, r_hnk, u_h1k, v_h1k, segments_b1t, *, tiling
           out_specs=[block_q, pl.BlockSpec((None, None, 1, bq), lambda h, b, step, tiles:
                                            (h, b, 0, tiles[0, step]))],
           scratch_shapes=[pltpu.VMEM((bq, k), q_hbtk.dtype), pltpu.VMEM((bq, k), q_hbtk.dtype),
-                          pltpu.VMEM((bq, 1), jnp.int32), column, column,
+                          pltpu.VMEM((bq, blocks.LANES), jnp.int32), column, column,
                           pltpu.VMEM((bq, k), jnp.float32)]),
       out_shape=[jax.ShapeDtypeStruct(q_hbtk.shape, q_hbtk.dtype),
                  jax.ShapeDtypeStruct((h, b, 1, t), jnp.float32)],
