@@ -76,8 +76,13 @@ class Model:
   scan_unroll: int = setting(
       1, "layers per iteration of the scan; more compile time for less loop", kind="layout",
       at_least=1)
+  attention_kernel: str = setting(
+      "auto", "auto: the first that the devices can run, see docs/attention.md; blockwise: plain "
+      "JAX, everywhere; relative_tpu: relative positions on TPU; splash: rotary on TPU; cudnn: "
+      "rotary on GPU without config.data.document_mask", kind="layout",
+      choices=("auto", "blockwise", "relative_tpu", "splash", "cudnn"))
   attention_block: int = setting(
-      128, "query rows whose scores are in memory at once; 0: all rows", unit="tokens",
+      128, "blockwise: query rows whose scores are in memory at once; 0: all rows", unit="tokens",
       kind="layout", at_least=0)
 
 

@@ -165,6 +165,20 @@ class Attention(nnx.Module):
     if segments_bt is not None:
       segments_bt = rows.collect(placement.constrain(segments_bt, ("batch", "keys")), axis=1)
     r_hnk = self.relative_keys(t, x_btd.dtype)
+    if placement.attend is not None:
+      relative = None if r_hnk is None else (r_hnk, *self._u_v())
+      mixed_hbtk = placement.attend(q_hbtk, k_hbtk, v_hbtk, relative, segments_bt, self.divisor,
+                                    MIXED)
+    else:
+      mixed_hbtk = checkpoint_name(self._blockwise(q_hbtk, k_hbtk, v_hbtk, r_hnk, segments_bt,
+                                                   rows, placement), MIXED)
+    mixed_hbtk = placement.constrain(mixed_hbtk, ("heads", "batch", "length", None))
+    return self._output(mixed_hbtk)
+
+  def _blockwise(self, q_hbtk, k_hbtk, v_hbtk, r_hnk, segments_bt, rows: Rows,
+                 placement: Placement):
+    """Attention in rounds of rows; keys, values and segments in the order of the text."""
+    t = q_hbtk.shape[2]
     position_t = jnp.arange(t)
     attend = jax.checkpoint(functools.partial(_attend, self.divisor))
     turns = []
@@ -179,8 +193,7 @@ class Attention(nnx.Module):
         relative = (self._distances(r_hnk, rows, start, stop, placement), *self._u_v())
       turns.append(attend(rows.take(q_hbtk, 2, turn), k_hbtk[:, :, :stop], v_hbtk[:, :, :stop],
                           mask, relative))
-    mixed_hbtk = placement.constrain(rows.join(turns, axis=2), ("heads", "batch", "length", None))
-    return self._output(checkpoint_name(mixed_hbtk, MIXED))
+    return rows.join(turns, axis=2)
 
   def decode(self, x_btd: jax.Array, cache: Layer, position: jax.Array,
              context: int | None) -> tuple[jax.Array, Layer]:

@@ -30,11 +30,14 @@ class Placement:
     shards: into how many pieces an activation axis is cut.
     weights: (path, tree) -> tree; the weights at `path` ("blocks", without the layers axis, or
       "embedding", "final_norm") as a layer needs them.
+    attend: causal attention by a kernel, (q_hbtk, k_hbtk, v_hbtk, (r_hnk, u_hk, v_hk) or None,
+      segments_bt or None, divisor, name for remat policies) -> out_hbtk; None: the model's own.
   """
 
   constrain: Callable[[jax.Array, Names], jax.Array] = lambda x, names: x
   shards: Callable[[str], int] = lambda name: 1
   weights: Callable[[str, Any], Any] = lambda path, tree: tree
+  attend: Callable[..., jax.Array] | None = None
 
 
 WHOLE = Placement()

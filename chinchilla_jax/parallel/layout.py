@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from chinchilla_jax import config as schema
 from chinchilla_jax import durations, patterns
 from chinchilla_jax.errors import UserError
+from chinchilla_jax.kernels import choice
 from chinchilla_jax.model import transformer
 from chinchilla_jax.model.placement import Placement
 from chinchilla_jax.parallel import rules
@@ -48,6 +49,10 @@ class Layout:
     placement: what the model needs to know.
     replicated: the sharding of what every device holds.
     rows: the sharding of a batch's arrays: sequences cut over slice and data.
+    attention: the kernel that attends (`kernels.choice`).
+
+  Raises:
+    UserError: the config asks for a kernel that these devices cannot run.
   """
 
   def __init__(self, experiment: schema.Experiment, mesh: jax.sharding.Mesh):
@@ -60,7 +65,10 @@ class Layout:
     self.replicated = NamedSharding(mesh, PartitionSpec())
     self.rows = NamedSharding(mesh, rules.resolve((0, 1), ("batch", None), rules.ACTIVATIONS,
                                                   self._shape).spec)
-    self.placement = Placement(self._constrain, self._shards, self._weights)
+    task = choice.Task.of(experiment, mesh)
+    self.attention = choice.choose(experiment.model.attention_kernel, task)
+    self.placement = Placement(self._constrain, self._shards, self._weights,
+                               choice.attend(self.attention, mesh, task))
 
   # ------------------------------------------------------------------ State
 

@@ -32,7 +32,8 @@ def of(made: "Plan", layout: Layout) -> list[str]:
       f"FLOPs (6ND)",
       f"mesh: {mesh_lib.shape_text(layout.mesh)} ({len(devices)} x {devices[0].device_kind}, "
       f"{processes.count()} process{'es' if processes.count() > 1 else ''}), strategy "
-      f"{made.experiment.mesh.strategy}, {held / 2**20:,.1f} MiB of train state per device",
+      f"{made.experiment.mesh.strategy}, {held / 2**20:,.1f} MiB of train state per device, "
+      f"attention {layout.attention}",
   ]
   if made.store.tokenizer.vocab_size < model.vocab_size:
     lines.append(f"note: {model.vocab_size - made.store.tokenizer.vocab_size:,} rows of the "

@@ -23,7 +23,9 @@ def loss_sums(experiment: schema.Experiment, params: Any, batch: Batch,
   """(objective, nll): weighted sums over the targets of a batch, in nats, float32."""
   rows = Rows.of(batch["inputs_bt"].shape[1], placement.shards("length"),
                  experiment.model.attention_block)
-  batch = {name: placement.constrain(rows.deal(a, axis=1), ("batch", "length"))
+  if not experiment.data.document_mask:  # All zeros; kernels ask for nothing, or do without.
+    batch = batch | {"segments_bt": None}
+  batch = {name: a if a is None else placement.constrain(rows.deal(a, axis=1), ("batch", "length"))
            for name, a in batch.items()}
   x_btd = transformer.hidden(experiment.model, params, batch["inputs_bt"], batch["segments_bt"],
                              jnp.dtype(experiment.precision.activations), placement)

@@ -61,7 +61,10 @@ def load(workdir: str | os.PathLike, step: int | None = None) -> Trained:
     raise UserError(f"config.data.store: {experiment.data.store} is not the store that "
                     f"{folder.path} was trained on; prepare that one again, or say in data.store "
                     f"of {folder.config} where it is")
-  experiment = dataclasses.replace(experiment, mesh=schema.Mesh())
+  # Whatever it was trained on, this machine has its own devices.
+  experiment = dataclasses.replace(
+      experiment, mesh=schema.Mesh(),
+      model=dataclasses.replace(experiment.model, attention_kernel="auto"))
   layout = Layout(experiment, mesh.make(experiment.mesh))
   wanted = transformer.abstract(experiment.model, jnp.dtype(experiment.precision.parameters))
   params = checkpoint.restore(folder.checkpoints, step, layout.placed({"params": wanted}))["params"]
