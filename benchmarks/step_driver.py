@@ -30,6 +30,11 @@ SHAPES = {
                  batch=8),
     "smoke": dict(n_layers=2, d_model=64, n_heads=1, head_dim=64, d_ff=256, vocab=512, seq=64,
                   batch=2),
+    # For accelerators: Gopher's shapes (Rae et al. 2021, Table 1).
+    "417m": dict(n_layers=12, d_model=1536, n_heads=12, head_dim=128, d_ff=6144, vocab=32000,
+                 seq=2048, batch=16),
+    "1.4b": dict(n_layers=24, d_model=2048, n_heads=16, head_dim=128, d_ff=8192, vocab=32000,
+                 seq=2048, batch=8),
 }
 
 
@@ -39,6 +44,9 @@ def build(shape: dict[str, int], args: argparse.Namespace):
   import numpy as np
 
   from chinchilla_jax import config as schema
+  from chinchilla_jax.model import flops
+  from chinchilla_jax.parallel import mesh, topology
+  from chinchilla_jax.parallel.layout import Layout
   from chinchilla_jax.training import state as state_lib
   from chinchilla_jax.training import step
   from chinchilla_jax.training.optimizer import AdamW
@@ -53,13 +61,14 @@ def build(shape: dict[str, int], args: argparse.Namespace):
           parameters=args.parameters or ("bfloat16" if bf16 else "float32"),
           activations="bfloat16" if bf16 else "float32"),
       batch=schema.Batch(sequences=shape["batch"]),
-      data=dataclasses.replace(schema.Data(), seq_len=shape["seq"]),
+      data=dataclasses.replace(schema.Data(), seq_len=shape["seq"], document_mask=False),
       optimizer=schema.Optimizer(peak_lr=3e-4),
       loss=schema.Loss(chunk=args.chunk))
   adamw = AdamW(experiment.optimizer, experiment.precision, lambda step: jax.numpy.float32(3e-4))
+  layout = Layout(experiment, mesh.make(experiment.mesh, jax.devices()[:1]))
   state = jax.jit(lambda key: state_lib.init(experiment.model, adamw, key))(jax.random.key(0))
   sizes = jax.tree_util.tree_leaves_with_path(state["params"])
-  train_step = jax.jit(step.make_train_step(experiment, adamw), donate_argnums=0)
+  train_step = jax.jit(step.make_train_step(experiment, adamw, layout), donate_argnums=0)
 
   rng = np.random.default_rng(0)
   rows = [rng.integers(1, shape["vocab"], (shape["batch"], shape["seq"] + 1), dtype=np.int32)
@@ -80,8 +89,12 @@ def build(shape: dict[str, int], args: argparse.Namespace):
   matrices = sum(leaf.size for path, leaf in sizes
                  if not any(word in jax.tree_util.keystr(path)
                             for word in ("bias", "gain", "'u'", "'v'")))
+  device = jax.devices()[0].device_kind
   return one, {"n_params": sum(leaf.size for _, leaf in sizes), "n_matmul": matrices,
-               "position": args.position, "parameters": experiment.precision.parameters,
+               "device": device, "peak_flops": topology.peak_flops(device),
+               "flops_causal": flops.matmul_causal(experiment.model, shape["seq"]),
+               "position": args.position, "attention": layout.attention,
+               "parameters": experiment.precision.parameters,
                "versions": {"jax": jax.__version__, "python": sys.version.split()[0]}}
 
 
@@ -106,6 +119,7 @@ def main() -> None:
   parser.add_argument("--remat", choices=["none", "dots", "full"], default="dots")
   parser.add_argument("--attention-block", type=int, default=128)
   parser.add_argument("--chunk", type=int, default=1024, help="tokens of the loss at a time")
+  parser.add_argument("--batch", type=int, help="sequences, by default those of the shape")
   parser.add_argument("--steps", type=int, default=7)
   parser.add_argument("--warmup", type=int, default=2)
   parser.add_argument("--serve", action="store_true")
@@ -117,7 +131,7 @@ def main() -> None:
   def say(event: str, **facts) -> None:
     events.write(json.dumps({"event": event, **facts}) + "\n")
 
-  shape = SHAPES[args.shape]
+  shape = SHAPES[args.shape] | ({"batch": args.batch} if args.batch else {})
   step, facts = build(shape, args)
   built = seconds_alive()
   tokens = shape["batch"] * shape["seq"]
@@ -144,8 +158,12 @@ def main() -> None:
   else:
     rates = sorted(tokens / took
                    for took in [timed() for _ in range(args.warmup + args.steps)][args.warmup:])
-    say("summary", tok_s_median=statistics.median(rates), tok_s_min=rates[0],
-        tok_s_max=rates[-1], model_gflops=statistics.median(rates) * flops / 1e9)
+    middle, peak = statistics.median(rates), facts["peak_flops"]
+    # MFU: products with weights (the embedding once) and attention over visible pairs, forward
+    # and backward, of the device's dense bfloat16 peak.
+    say("summary", tok_s_median=middle, tok_s_min=rates[0], tok_s_max=rates[-1],
+        model_gflops=middle * flops / 1e9,
+        mfu_causal=peak and middle * facts["flops_causal"] / peak)
   say("bye", peak_rss_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
       children_peak_rss_mb=0)
 
