@@ -41,7 +41,7 @@ def step():
   torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
   adamw.step()
   adamw.zero_grad(set_to_none=True)
-  return float(loss)
+  return float(loss.detach())
 step()
 print(json.dumps(dict(event="ready")), file=events)
 for line in sys.stdin:
