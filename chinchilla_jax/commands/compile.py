@@ -57,20 +57,24 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _facts(experiment, report, name: str) -> dict[str, Any]:
+  from chinchilla_jax.parallel import hlo_checks
   plain = dataclasses.asdict(report)
   plain.pop("seconds")
+  plain["checks"] = hlo_checks.facts(report.checks)
   plain["program"] = {
       "matmul_flops": report.program.matmul_flops, "hbm_bytes": report.program.hbm_bytes,
       "loops": report.program.loops, "opaque": report.program.opaque,
       "collectives": [
           {"kind": kind, "axes": axes, "executions": count, "wire_bytes": wire,
-           "asynchronous": hidden, "seconds": report.seconds.get((kind, axes))}
+           "asynchronous": hidden, "overlap": report.program.overlap((kind, axes)),
+           "seconds": report.seconds.get((kind, axes))}
           for (kind, axes), (count, wire, hidden) in report.program.by_axes().items()]}
   return {"config": experiment.name, "topology": name, "strategy": experiment.mesh.strategy,
           "unit": "bytes, FLOPs and seconds of one device and one step", **plain}
 
 
 def _text(experiment, report, name: str) -> str:
+  from chinchilla_jax.parallel import hlo_checks
   axes = " x ".join(f"{axis} {n}" for axis, n in report.mesh_shape.items() if n > 1)
   tokens = report.sequences * report.seq_len
   lines = [
@@ -83,6 +87,7 @@ def _text(experiment, report, name: str) -> str:
       f"{report.compiler_bytes / _GIB:.1f} GiB of memory",
       "", "memory of one device, GiB", *_memory(report),
       "", "collectives of one step, per device", *_collectives(report),
+      "", "is it as lean as its layout allows?", *hlo_checks.lines(report.checks),
       "", *_bounds(report)]
   return "\n".join(lines)
 
@@ -105,11 +110,13 @@ def _collectives(report) -> list[str]:
   rows = sorted(report.program.by_axes().items(), key=lambda item: -item[1][1])
   if not rows:
     return ["  none"]
-  lines = [f"  {'over':14} {'kind':20} {'times':>7} {'sent, GB':>10} {'async':>6} {'time, s':>9}"]
+  lines = [f"  {'over':14} {'kind':20} {'times':>7} {'sent, GB':>10} {'async':>6} "
+           f"{'hidden':>6} {'time, s':>9}"]
   for (kind, axes), (count, wire, hidden) in rows:
     took = report.seconds.get((kind, axes))
     lines.append(f"  {'+'.join(axes) or '-':14} {kind:20} {count:7,} {wire / 1e9:10.3f} "
-                 f"{hidden:6.0%} {'' if took is None else f'{took:9.4f}'}".rstrip())
+                 f"{hidden:6.0%} {report.program.overlap((kind, axes)):6.0%} "
+                 f"{'' if took is None else f'{took:9.4f}'}".rstrip())
   return lines
 
 

@@ -27,7 +27,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from chinchilla_jax.parallel import hlo_flops, hlo_slices, hlo_text
+from chinchilla_jax.parallel import hlo_flops, hlo_slices, hlo_text, hlo_walk
+from chinchilla_jax.parallel.hlo_overlap import NO_OP_CALLS, Windows, chain_of, target
 from chinchilla_jax.parallel.hlo_text import Computation, Frame, Instruction, Module
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
@@ -35,9 +36,6 @@ _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collectiv
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while",
          "conditional", "call", "after-all", "partition-id", "replica-id",
          "optimization-barrier", "add-dependency", "domain"}
-# Custom calls that name a buffer or a view of one, and do nothing to it.
-_NO_OP_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "Sharding",
-                "AsyncCollectiveStart", "AsyncCollectiveDone"}
 _SLICES = ("slice", "dynamic-slice", "gather")
 _UPDATES = ("dynamic-update-slice", "scatter")
 
@@ -49,7 +47,8 @@ class Collective:
   `axes` are in the order of the mesh; () for groups of one device, ("?",) for groups that no
   set of axes makes. `payload_bytes` is the full array of one execution, `wire_bytes` what a
   device sends in a step. `asynchronous`: it has a start and a done, so other work may hide
-  it. `where` is the tail of the source's op_name.
+  it. `where` is the tail of the source's op_name. `overlaps`: there is such work, see
+  `hlo_overlap`.
   """
   kind: str
   axes: tuple[str, ...]
@@ -60,6 +59,7 @@ class Collective:
   wire_bytes: float
   asynchronous: bool
   where: str
+  overlaps: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +86,20 @@ class Program:
     return {key: (n, wire, hidden / wire if wire else 0.0)
             for key, (n, wire, hidden) in merged.items()}
 
+  def overlap(self, *keys: tuple[str, tuple[str, ...]]) -> float:
+    """Share of the wire bytes, of some (kind, axes) or of all, that has work to hide behind."""
+    chosen = [c for c in self.collectives if not keys or (c.kind, c.axes) in keys]
+    total = sum(c.wire_bytes for c in chosen)
+    return sum(c.wire_bytes for c in chosen if c.overlaps) / total if total else 0.0
 
-def analyse(text: str, mesh_shape: Mapping[str, int]) -> Program:
+
+def analyse(text: str | Module, mesh_shape: Mapping[str, int]) -> Program:
   """What one device does in one execution of the program.
 
   Args:
-    text: `compiled.as_text()` of a program lowered for that mesh. With several TPU slices it is
-      the program of one, and what goes between them is read from its transfers.
+    text: `compiled.as_text()` of a program lowered for that mesh, or what `hlo_text.parse` made
+      of it. With several TPU slices it is the program of one, and what goes between them is read
+      from its transfers.
     mesh_shape: size of each axis, in the order of `mesh.axis_names`. Device ids in the text
       index `mesh.devices.flat`, as they do for a program of `jax.jit` over the mesh.
 
@@ -100,7 +107,7 @@ def analyse(text: str, mesh_shape: Mapping[str, int]) -> Program:
     ValueError: the program was compiled for another number of devices, the trip count of a
       loop cannot be found, or a form is not known. Nothing is guessed.
   """
-  module = hlo_text.parse(text)
+  module = hlo_text.parse(text) if isinstance(text, str) else text
   inside, outer = hlo_slices.split(mesh_shape, module.replica_count * module.num_partitions)
   t = _Tally()
   _Reader(module, inside, outer).walk(Frame(module.computations[module.entry]), 1, t)
@@ -124,6 +131,7 @@ class _Reader:
   """Walks the computations from the entry; holds what the walk looks up again and again."""
 
   def __init__(self, module: Module, mesh_shape: dict[str, int], outer: str):
+    self.windows = Windows(module)
     self.outer = outer  # The axis over slices, where the program is that of one slice.
     self.module, self.mesh_shape = module, mesh_shape
     self.users, self.reads = functools.cache(self._users), functools.cache(self._reads)
@@ -132,10 +140,10 @@ class _Reader:
     self.starts, chained = {}, {}
     for c in module.computations.values():
       for i in c.instructions.values():
-        if i.opcode == "custom-call" and _target(i) == "AsyncCollectiveStart":
-          self.starts |= {(c.name, o.name): _chain(o) for o in c.operands(i)}
+        if i.opcode == "custom-call" and target(i) == "AsyncCollectiveStart":
+          self.starts |= {(c.name, o.name): chain_of(o) for o in c.operands(i)}
         elif "chain_id=" in i.attributes:
-          chained[c.name, i.name] = _chain(i)
+          chained[c.name, i.name] = chain_of(i)
     self.carried_on = {place for place, chain in chained.items()
                        if place not in self.starts and chain in self.starts.values()}
 
@@ -155,28 +163,27 @@ class _Reader:
         body = i.callee("body")
         self.walk(call(body, i.operands, body), times * trips, tally)
       elif opcode == "conditional":
-        listed = re.findall(r"(?:branch_computations=\{[^}]*|_computation=%\S*)", i.attributes)
-        branches = re.findall(r"%([\w.\-]+)", " ".join(listed))
+        branches = hlo_walk.branches(i)
         tallies = [_Tally() for _ in branches]
         for branch, operand, costs in zip(branches, i.operands[1:], tallies, strict=True):
           self.walk(call(branch, (operand,)), times, costs)
         tally.add(max(tallies, key=lambda t: (t.flops, t.hbm)))
       elif opcode == "send":
-        tally.collectives += self.transfer(i, computation, times)
+        tally.collectives += self.transfer(i, frame, times)
       elif opcode in _KINDS:
         if not self.carries_on(i, computation):
           tally.collectives.append(self.collective(i, frame, times, fused, asynchronous))
       elif opcode in ("call", "fusion", "async"):
         self.walk(call(i.callee("to_apply", "calls"), i.operands), times, tally,
                   fused or opcode != "call", asynchronous or opcode == "async")
-      elif opcode in ("dot", "scaled-dot", "convolution") or re.search("gemm|matmul", _target(i)):
+      elif opcode in ("dot", "scaled-dot", "convolution") or re.search("gemm|matmul", target(i)):
         tally.flops += times * hlo_flops.matmul(i, computation)
-      elif opcode == "custom-call" and _target(i) not in _NO_OP_CALLS:
-        tally.opaque[_target(i)] += times
+      elif opcode == "custom-call" and target(i) not in NO_OP_CALLS:
+        tally.opaque[target(i)] += times
 
   def carries_on(self, i: Instruction, computation: Computation) -> bool:
     """Whether this is a later part of a collective that another fusion started."""
-    return (computation.name, i.name) in self.carried_on or _target(i) == "AsyncCollectiveDone"
+    return (computation.name, i.name) in self.carried_on or target(i) == "AsyncCollectiveDone"
 
   def collective(self, i: Instruction, frame: Frame, times: int, fused: bool,
                  asynchronous: bool) -> Collective:
@@ -204,18 +211,18 @@ class _Reader:
     split = (asynchronous or i.opcode.endswith("-start")
              or (computation.name, i.name) in self.starts) and '"is_sync":true' not in i.attributes
     return Collective(kind, axes, size, inputs[0].dtype, payload, times, times * sent * payload,
-                      split, where)
+                      split, where, split and self.windows.hides(i, frame))
 
-  def transfer(self, i: Instruction, computation: Computation, times: int) -> list[Collective]:
+  def transfer(self, i: Instruction, frame: Frame, times: int) -> list[Collective]:
     """What a `send` does between slices; nothing if it goes elsewhere."""
     if (found := hlo_slices.transfer(i)) is None:
       return []
     kind, size = found
-    array = computation.operands(i)[0].arrays[0]
+    array = frame.computation.operands(i)[0].arrays[0]
     payload = array.bytes * (size if kind == "all-gather" else 1)
     sent = (2 if kind == "all-reduce" else 1) * (size - 1) / size * payload
     return [Collective(kind, (self.outer,), size, array.dtype, payload, times, times * sent, True,
-                       _where(i))]
+                       _where(i), self.windows.hides(i, frame))]
 
   def permute_axes(self, i: Instruction) -> tuple[tuple[str, ...], int, bool]:
     """The axes along which any pair differs, their size, and whether any pair does."""
@@ -238,7 +245,7 @@ class _Reader:
 
   def hbm_bytes(self, i: Instruction, computation: Computation) -> int:
     """What one execution of an instruction moves, by the convention of this module."""
-    if i.opcode in _FREE or i.opcode.endswith(("-done", "-update")) or _target(i) in _NO_OP_CALLS:
+    if i.opcode in _FREE or i.opcode.endswith(("-done", "-update")) or target(i) in NO_OP_CALLS:
       return 0
     operands, total = i.operands, self.written(i, computation)
     for name in dict.fromkeys(operands):
@@ -283,7 +290,7 @@ class _Reader:
     if i.opcode != "fusion":
       return _hbm(_results(i))
     inner = self.module.computations[i.callee("calls")]
-    if _target(inner.root) == "AsyncCollectiveStart":
+    if target(inner.root) == "AsyncCollectiveStart":
       return _hbm(i.arrays[1:2])  # (operand, output, flags)
     outputs = inner.operands(inner.root) if inner.root.opcode == "tuple" else [inner.root]
     parts = [(self.output_bytes(output, inner), array)
@@ -333,14 +340,6 @@ def _results(i: Instruction) -> tuple[hlo_text.Array, ...]:
 
 def _hbm(arrays: tuple[hlo_text.Array, ...]) -> int:
   return sum(array.bytes for array in arrays if array.space == 0)
-
-
-def _target(i: Instruction) -> str:
-  return (i.setting("custom_call_target") or "") if i.opcode.startswith("custom-call") else ""
-
-
-def _chain(i: Instruction) -> tuple[str | None, str | None]:
-  return i.setting("channel_id"), i.setting("chain_id")
 
 
 def _where(i: Instruction) -> str:

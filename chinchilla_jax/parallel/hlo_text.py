@@ -107,6 +107,7 @@ class Module(NamedTuple):
   computations: dict[str, Computation]
   replica_count: int
   num_partitions: int
+  header: str = ""  # The first line: what is donated, among other things.
 
 
 def parse(text: str) -> Module:
@@ -134,7 +135,7 @@ def parse(text: str) -> Module:
       instructions = None
   if entry is None:
     raise ValueError("HLO: no ENTRY computation; give the text of compiled.as_text()")
-  return Module(entry, computations, count("replica_count"), count("num_partitions"))
+  return Module(entry, computations, count("replica_count"), count("num_partitions"), header)
 
 
 def _instruction(line: str) -> Instruction | None:

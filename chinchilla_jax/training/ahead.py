@@ -21,7 +21,7 @@ from chinchilla_jax import config as schema
 from chinchilla_jax import durations
 from chinchilla_jax.errors import UserError
 from chinchilla_jax.model import flops
-from chinchilla_jax.parallel import hlo, mesh, roofline, topology
+from chinchilla_jax.parallel import hlo, hlo_checks, hlo_text, mesh, roofline, topology
 from chinchilla_jax.parallel.layout import Layout, refuse
 from chinchilla_jax.training import optimizer
 from chinchilla_jax.training import state as state_lib
@@ -48,6 +48,7 @@ class Report:
       padding included; `temporaries` what the step needs beside them; `peak` the most that is
       used at one moment; `capacity` the device's memory (None: unknown).
     program: FLOPs, bytes and collectives of the optimised program.
+    checks: whether it is as lean as its layout allows.
     model_flops: FLOPs of the step per device by convention: "6ND", "full" and "causal" attention;
       nothing that is done twice counts twice.
     bounds: the roofline; None for a device that `topology` does not know.
@@ -65,6 +66,7 @@ class Report:
   at_a_time: int
   memory: dict[str, int | None]
   program: hlo.Program
+  checks: hlo_checks.Checks
   model_flops: dict[str, float]
   bounds: roofline.Roofline | None
   seconds: dict[tuple[str, tuple[str, ...]], float]
@@ -140,7 +142,8 @@ def compile_step(experiment: schema.Experiment, found: Sequence[Any],
   text = compiled.as_text()
   if hlo_file:
     pathlib.Path(hlo_file).write_text(text)
-  program = hlo.analyse(text, dict(made.shape))
+  module = hlo_text.parse(text)
+  program = hlo.analyse(module, dict(made.shape))
   tokens = sequences * seq_len
   per_device = lambda convention: flops.training(
       experiment.model, tokens, seq_len, convention) / len(found)
@@ -152,6 +155,7 @@ def compile_step(experiment: schema.Experiment, found: Sequence[Any],
       sequences=sequences, seq_len=seq_len,
       microbatches=microbatches, at_a_time=at_a_time,
       memory=_memory(compiled, layout, state, arrays, chip), program=program,
+      checks=hlo_checks.check(module, program, experiment, layout, sequences, at_a_time),
       model_flops=model_flops, bounds=bounds, seconds=seconds, lower_s=lower_s,
       compile_s=compile_s,
       compiler_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
