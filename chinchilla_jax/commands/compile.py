@@ -21,6 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--sequences", type=int, metavar="N",
                       help="in the batch; by default the largest of config.batch")
   parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+  parser.add_argument("--search", action="store_true", help="compile layouts instead of the "
+                      "config's own (strategy, tensor, microbatches, remat) and name the best")
+  parser.add_argument("--search-minutes", type=float, default=10.0, metavar="N",
+                      help="time for --search; one layout is compiled in any case (10)")
   parser.add_argument("--hlo", metavar="FILE", help="also write the optimised program to a file")
 
 
@@ -31,6 +35,11 @@ def run(args: argparse.Namespace) -> int:
     raise UserError("--slices: give a positive number, with --topology")
   if args.sequences is not None and args.sequences < 1:
     raise UserError(f"--sequences: got {args.sequences}, allowed is at least 1")
+  if args.search and (not args.topology or args.hlo is not None):
+    raise UserError("--search: give --topology, and not --hlo; compile the best one alone for its "
+                    "program")
+  if not args.search_minutes > 0:
+    raise UserError(f"--search-minutes: got {args.search_minutes:g}, allowed is more than 0")
   if args.hlo is not None:  # Known now, not after minutes of compiling.
     folder = os.path.dirname(args.hlo) or os.curdir
     if os.path.isdir(args.hlo) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
@@ -41,6 +50,9 @@ def run(args: argparse.Namespace) -> int:
   import jax
   if where is not None:  # Nothing runs, so no accelerator of this machine is to be taken.
     jax.config.update("jax_platforms", "cpu")
+  if args.search:
+    from chinchilla_jax.commands import compile_search
+    return compile_search.run(args, experiment, where)
   from chinchilla_jax.training import ahead
   found = ahead.devices(where) if where else jax.devices()
   report = ahead.compile_step(experiment, found, args.sequences, args.hlo)

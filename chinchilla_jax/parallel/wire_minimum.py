@@ -56,6 +56,7 @@ are the same, and its cuts count.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping
 
@@ -123,6 +124,12 @@ def wire_bytes(experiment: schema.Experiment, mesh_shape: Mapping[str, int],
   return sum(term.wire_bytes for term in terms(experiment, mesh_shape, sequences))
 
 
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+  """The mesh of these axes, without devices."""
+  return AbstractMesh(tuple(sizes.values()), tuple(sizes),
+                      axis_types=(AxisType.Auto,) * len(sizes))
+
+
 _Row = tuple[str, str, tuple[str, ...], float]
 
 
@@ -130,10 +137,8 @@ def _weights(experiment: schema.Experiment, sizes: Mapping[str, int],
              parts: int) -> Iterator[_Row]:
   held = _BYTES[experiment.precision.parameters]
   handed = 4 if experiment.precision.gradients == "float32" else held
-  abstract = transformer.abstract(experiment.model, experiment.precision.parameters)
-  mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes),
-                      axis_types=(AxisType.Auto,) * len(sizes))
-  layout = Layout(experiment, mesh)
+  abstract = _abstract(dataclasses.replace(experiment.model, remat="none"))
+  layout = Layout(experiment, abstract_mesh(sizes))
   table = [rule for rule in rules.STRATEGIES[experiment.mesh.strategy].parameters
            if rule[1] == ("tensor",)]
   for param, moment in zip(layout.entries({"params": abstract}),
@@ -151,6 +156,11 @@ def _weights(experiment: schema.Experiment, sizes: Mapping[str, int],
     yield ("scatter gradient", "reduce-scatter", updated, parts * n * handed * (1 - 1 / o))
     alike = tuple(axis for axis in ("slice", "data", "context") if axis not in updated)
     yield ("sum gradient", "all-reduce", alike, 2 * n / o * handed * (1 - 1 / pieces(alike)))
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract(model: schema.Model):
+  return transformer.abstract(model, "bfloat16")
 
 
 def _beyond_tensor(spec) -> tuple[str, ...]:
