@@ -21,7 +21,15 @@ from chinchilla_jax import config as schema
 from chinchilla_jax import durations
 from chinchilla_jax.errors import UserError
 from chinchilla_jax.model import flops
-from chinchilla_jax.parallel import hlo, hlo_checks, hlo_text, mesh, roofline, topology
+from chinchilla_jax.parallel import (
+    compiler_flags,
+    hlo,
+    hlo_checks,
+    hlo_text,
+    mesh,
+    roofline,
+    topology,
+)
 from chinchilla_jax.parallel.layout import Layout, refuse
 from chinchilla_jax.training import optimizer
 from chinchilla_jax.training import state as state_lib
@@ -133,7 +141,7 @@ def compile_step(experiment: schema.Experiment, found: Sequence[Any],
   lowered = train_step.lower(state, arrays)
   lower_s = time.perf_counter() - started
   try:
-    compiled = lowered.compile()
+    compiled = lowered.compile(compiler_flags.options(found[0].device_kind))
   except jax.errors.JaxRuntimeError as error:
     raise _explained(error, found, levers(experiment, at_a_time)) from None
   compile_s = time.perf_counter() - started - lower_s
