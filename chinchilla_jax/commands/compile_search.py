@@ -43,10 +43,16 @@ def run(args: argparse.Namespace, experiment: schema.Experiment, where: Any) -> 
     raise UserError(f"--search: none of {sum(illegal.values())} layouts is legal on {where.name} "
                     f"({_reasons(illegal)}); change the batch or the topology")
   words = words_of(args, sequences)
-  began = time.monotonic()
+  began, succeeded = time.monotonic(), []
 
   def compile_one(candidate, seconds):
-    outcome = compiled([*words, *candidate.flags], seconds)
+    try:
+      outcome = compiled([*words, *candidate.flags], seconds)
+      succeeded.append(outcome)
+    except UserError as error:
+      if not succeeded:  # The next would fail as well.
+        raise
+      outcome = search.Outcome(False, 0.0, note=f"({error})")
     at = time.monotonic() - began
     if not args.json:
       result = ("stopped, time is over" if outcome is None else
@@ -98,7 +104,9 @@ def compiled(words: list[str], seconds: float | None):
   except subprocess.TimeoutExpired:
     return None
   took = time.monotonic() - began
-  said = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+  # libtpu complains of the missing TPU on the same file, at any time.
+  said = [line for line in done.stderr.splitlines() if line.startswith("chinchilla compile:")]
+  said = (said or done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
   if done.returncode == 0:
     facts = json.loads(done.stdout)
     bound = facts["bounds"]

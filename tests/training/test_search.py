@@ -310,6 +310,16 @@ def test_another_failure_is_said_with_the_command(compiler, capsys):
   assert "does not compile: Killed; try it alone: chinchilla compile" in capsys.readouterr().err
 
 
+def test_a_later_failure_does_not_lose_what_was_found(compiler, capsys):
+  answers = iter([SimpleNamespace(returncode=0, stderr="", stdout=json.dumps({
+      "memory": {"peak": GIB}, "bounds": {"step_s": 1.0, "serial_s": 2.0, "mfu_serial": {
+          "causal": 0.2}, "mfu_ceiling": {"causal": 0.4}}}))])
+  compiler(lambda words: next(answers, SimpleNamespace(returncode=-9, stdout="", stderr="")))
+  assert cli.main(WORDS) == 0
+  captured = capsys.readouterr()
+  assert "status -9" in captured.err and "the best of them:" in captured.out
+
+
 @pytest.mark.parametrize("words, said", [
     (["--search"], "--search: give --topology"),
     (["--search", "--topology=v5e:2x4", "--hlo=x.txt"], "not --hlo"),
