@@ -27,7 +27,15 @@ class Flag:
 
 
 # Name of a chip in `topology` -> its flags.
-FLAGS: dict[str, tuple[Flag, ...]] = {}
+FLAGS: dict[str, tuple[Flag, ...]] = {
+    "v4": (Flag(
+        "xla_enable_async_all_gather", True,
+        source="MaxText, configs/2xv4-128.sh: its runs on two slices of v4",
+        measured="Chinchilla 70B, 768 x 2,048 tokens, v4:8x8x16, fsdp_tensor with tensor 8, remat "
+                 "full, compiled by libtpu 0.0.52: every all-gather gets a start and a done, and "
+                 "of all bytes that a device sends 52 % have matrix products to hide behind, not "
+                 "22 %; peak memory 5.275 GiB, not 5.150; FLOPs and bytes sent are the same"),),
+}
 
 
 def options(device_kind: str) -> dict[str, bool | int | str] | None:
