@@ -102,5 +102,5 @@ def lines(checks: Checks) -> Iterator[str]:
 
 
 def _some(names: list[str] | tuple[str, ...], most: int = 3) -> str:
-  short = [name.replace("state", "", 1).replace("']['", "/").strip("[']") for name in names]
+  short = [name.replace("state['", "").replace("']['", "/").rstrip("]'") for name in names]
   return ", ".join(short[:most]) + (f" and {len(short) - most} more" if len(short) > most else "")

@@ -15,8 +15,8 @@ since the float32 sums are there all the time. Time: matrix products at peak, wh
 again included; or what the strategy has to send (`parallel.wire_minimum`) at the data sheet's
 figures; whichever is longer, as `parallel.roofline` does for a compiled program.
 
-In which order layouts are compiled also follows a guess, which leaves nothing out: those that are
-likely to fit, with the working set of a layer, come first.
+In which order layouts are compiled also follows a guess of their memory, which leaves nothing out:
+those that are likely to fit come first.
 """
 
 import dataclasses
@@ -41,6 +41,8 @@ ILLEGAL, TOO_LARGE, TOO_SLOW, NO_TIME = "illegal", "does not fit", "cannot win",
 _MOST_MICROBATCHES = 64
 _MOST_TENSOR = 64
 _WIDTH = {"bfloat16": 2, "float32": 4}
+_MARGIN = 1.25  # On the guess of what a step needs beside the state, as `scaling.meshes` has it.
+_USABLE = 0.92  # Of a device's memory, in the guess.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Candidate:
   Attributes:
     experiment: with mesh, microbatches and remat set.
     axes: size of every mesh axis.
-    memory: bytes of one device that it needs at least; likely: with a layer's working set.
+    memory: bytes of one device that it needs at least; likely: that it may well need.
     seconds: by resource, "compute", "ici", "dcn": of one step at least.
   """
 
@@ -164,7 +166,7 @@ def candidates(experiment: schema.Experiment, devices: Sequence[Any], sequences:
     if key not in link_of:
       link_of[key] = _links(made.mesh, devices, chip)
     legal.append(bounded(made, axes, sequences, chip, link_of[key]))
-  capacity = chip.hbm_bytes_per_device
+  capacity = _USABLE * chip.hbm_bytes_per_device
   order = lambda c: (c.likely > capacity, c.step_s, sum(c.seconds.values()), c.memory)
   return sorted(legal, key=order), illegal
 
@@ -205,14 +207,14 @@ def bounded(experiment: schema.Experiment, axes: Mapping[str, int], sequences: i
             chip: topology.Chip, link_of: Callable[..., roofline.Link]) -> Candidate:
   """A layout with its lower bounds; see the module's docstring."""
   devices = math.prod(axes.values())
-  held, beside, working = _memory(experiment, axes, sequences)
+  held, beside, likely = _memory(experiment, axes, sequences)
   seconds = {"compute": flops_at_least(experiment, sequences) / devices / chip.peak_per_device,
              "ici": 0.0, "dcn": 0.0}
   for term in wire_minimum.terms(experiment, axes, sequences):
     link = link_of(term.axes)
     seconds["dcn" if link.network == "dcn" else "ici"] += link.seconds(
         roofline.Traffic(term.kind, term.axes, term.group_size, term.wire_bytes))
-  return Candidate(experiment, axes, held + beside, held + beside + working, seconds)
+  return Candidate(experiment, axes, held + beside, held + max(beside, likely), seconds)
 
 
 def flops_at_least(experiment: schema.Experiment, sequences: int) -> float:
@@ -230,7 +232,7 @@ def flops_at_least(experiment: schema.Experiment, sequences: int) -> float:
 
 def _memory(experiment: schema.Experiment, axes: Mapping[str, int],
             sequences: int) -> tuple[float, float, float]:
-  """(state and batch, least beside them, a layer's working set), bytes of one device."""
+  """(state and batch, least beside them, a guess of what is beside them), bytes of one device."""
   model, precision, t = experiment.model, experiment.precision, experiment.data.seq_len
   width, tensor = _WIDTH[precision.activations], axes["tensor"]
   layout = Layout(experiment, wire_minimum.abstract_mesh(axes))
@@ -255,6 +257,9 @@ def _memory(experiment: schema.Experiment, axes: Mapping[str, int],
   handed = 4 if precision.gradients == "float32" else _WIDTH[precision.parameters]
   gradients = moments * handed / 4
   beside = moments + saved if parts > 1 else max(saved, gradients)
+  # The guess: also what is saved without need, and the working set of a layer.
+  spare = {"none": 8 * a + 6 * d + 2 * f, "dots": d, "full": 0}[model.remat] / tensor
+  kept = tokens * model.n_layers * (per_token + spare) * width + (moments if parts > 1 else 0)
   rows = min(model.attention_block or t, t)
   scores = tokens / t * model.n_heads / tensor * rows * t * 4 * 2
   inside = tokens * (4 * a + 2 * f + 4 * d) / tensor * width
@@ -262,7 +267,7 @@ def _memory(experiment: schema.Experiment, axes: Mapping[str, int],
   layer = 2 * gathered / model.n_layers + gradients
   updated = weights if experiment.mesh.strategy == "deepmind" else 0
   logits = min(experiment.loss.chunk or tokens, tokens) * model.vocab_size / tensor * 4 * 3
-  return held, beside, scores + inside + layer + updated + logits
+  return held, beside, _MARGIN * (kept + scores + inside + layer + updated + logits)
 
 
 @functools.lru_cache(maxsize=8)
