@@ -8,7 +8,15 @@ import pytest
 from tiny import tiny_experiment, with_fields
 
 from chinchilla_jax.model import transformer
-from chinchilla_jax.parallel import hlo_copies, hlo_scores, hlo_text, mesh, topology
+from chinchilla_jax.parallel import (
+    hlo_checks,
+    hlo_copies,
+    hlo_scores,
+    hlo_text,
+    mesh,
+    topology,
+    wire_minimum,
+)
 from chinchilla_jax.parallel.layout import Layout
 from chinchilla_jax.training import ahead, step
 
@@ -150,6 +158,31 @@ def test_jax_copies_what_is_swapped():
   kept = lambda state, x: {"a": state["a"] + x, "b": state["b"] * x}
   assert hlo_copies.find(compiled(kept, 0), at_least=0).found == ()
   assert hlo_copies.find(compiled(swap, 0), at_least=0).found != ()
+
+
+# What is printed.
+
+def said(**fields) -> str:
+  given = dict(least=(), sent=0.0, overlap=0.0, copies=hlo_copies.Copies(3, (), ()), scores=None,
+               unknown="") | fields
+  return "\n".join(hlo_checks.lines(hlo_checks.Checks(**given)))
+
+
+def test_the_answers_are_said():
+  assert said() == ("  state donated: yes, all 3 arrays\n  copies of parameters: none\n"
+                    "  scores in memory: none")
+  term = wire_minimum.Term("gather for use", "all-gather", ("data",), 4, 2e9)
+  assert "sent 3.000 GB, least by this layout 2.000 GB: sent / least 1.50" in said(
+      least=(term,), sent=3e9)
+  assert "can overlap with matrix products: 25% of what is sent" in said(sent=1.0, overlap=0.25)
+  bad = hlo_copies.Copies(3, ("state['step']",), (
+      ("state['params']['blocks']['w']", "bf16", (2, 4), 1, 2**30),
+      ("like state['params']['v']", "bf16", (4,), 3, 2**29)))
+  text = said(copies=bad, scores=("f32[8,8]", 2**30))
+  assert "state donated: no, 1 of 3 arrays are not: step" in text
+  assert "copies of parameters: 4, 1.500 GiB a step: params/blocks/w, like params/v" in text
+  assert "scores in memory: f32[8,8], 1.000 GiB" in text
+  assert "scores in memory: not known, why" in said(unknown="why")
 
 
 # Scores.

@@ -76,9 +76,11 @@ def test_what_is_not_laid_out_anew_stays():
 def test_the_most_promising_comes_first():
   legal, _ = all_of()
   assert [c.step_s for c in legal] == sorted(c.step_s for c in legal)
-  small = dataclasses.replace(CHIP, hbm_bytes=int(min(c.likely for c in legal) * 1.1))
-  first, *_, last = search.candidates(BASE, devices(), 16, small)[0]
-  assert first.likely <= small.hbm_bytes < last.likely
+  likely = sorted(c.likely for c in legal)
+  small = dataclasses.replace(CHIP, hbm_bytes=int(likely[len(likely) // 2] / 0.92))
+  doubtful = [c.likely > 0.92 * small.hbm_bytes
+              for c in search.candidates(BASE, devices(), 16, small)[0]]
+  assert doubtful == sorted(doubtful) and set(doubtful) == {False, True}
 
 
 # Bounds.
