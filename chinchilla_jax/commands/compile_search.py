@@ -175,7 +175,7 @@ def _unfit(found) -> list:
 
 
 def _reasons(illegal) -> str:
-  return ", ".join(f"{number} by {why}" for why, number in illegal.items())
+  return ", ".join(f"{number} by {why.split(' is ')[0]}" for why, number in illegal.items())
 
 
 def _at_a_time(candidate, sequences: int) -> int:
