@@ -94,7 +94,7 @@ def _text(experiment, report, name: str) -> str:
       f"{axes or 'of one'}, strategy {experiment.mesh.strategy}",
       f"batch {report.sequences:,} x {report.seq_len:,} = {tokens:,} tokens in "
       f"{report.microbatches} microbatch{'es' if report.microbatches > 1 else ''}, remat "
-      f"{experiment.model.remat}, attention blocks of {experiment.model.attention_block}",
+      f"{experiment.model.remat}, attention {_attention(experiment, report)}",
       f"compiled in {report.lower_s + report.compile_s:.0f} s with "
       f"{report.compiler_bytes / _GIB:.1f} GiB of memory",
       "", "memory of one device, GiB", *_memory(report),
@@ -102,6 +102,13 @@ def _text(experiment, report, name: str) -> str:
       "", "is it as lean as its layout allows?", *hlo_checks.lines(report.checks),
       "", *_bounds(report)]
   return "\n".join(lines)
+
+
+def _attention(experiment, report) -> str:
+  if report.attention != "blockwise":
+    return report.attention
+  return f"in blocks of {experiment.model.attention_block} rows" if (
+      experiment.model.attention_block) else "in one block"
 
 
 def _memory(report) -> list[str]:

@@ -27,7 +27,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from chinchilla_jax.parallel import hlo_flops, hlo_slices, hlo_text, hlo_walk
+from chinchilla_jax.parallel import hlo_flops, hlo_kernels, hlo_slices, hlo_text, hlo_walk
 from chinchilla_jax.parallel.hlo_overlap import NO_OP_CALLS, Windows, chain_of, target
 from chinchilla_jax.parallel.hlo_text import Computation, Frame, Instruction, Module
 
@@ -179,7 +179,12 @@ class _Reader:
       elif opcode in ("dot", "scaled-dot", "convolution") or re.search("gemm|matmul", target(i)):
         tally.flops += times * hlo_flops.matmul(i, computation)
       elif opcode == "custom-call" and target(i) not in NO_OP_CALLS:
-        tally.opaque[target(i)] += times
+        if cost := hlo_kernels.cost(i):
+          tally.flops += times * cost.flops
+          # What it reads more than once.
+          tally.hbm += times * max(0, cost.hbm_bytes - self.hbm_bytes(i, computation))
+        else:
+          tally.opaque[target(i)] += times
 
   def carries_on(self, i: Instruction, computation: Computation) -> bool:
     """Whether this is a later part of a collective that another fusion started."""

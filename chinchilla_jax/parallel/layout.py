@@ -65,10 +65,12 @@ class Layout:
     self.replicated = NamedSharding(mesh, PartitionSpec())
     self.rows = NamedSharding(mesh, rules.resolve((0, 1), ("batch", None), rules.ACTIVATIONS,
                                                   self._shape).spec)
-    task = choice.Task.of(experiment, mesh)
-    self.attention = choice.choose(experiment.model.attention_kernel, task)
-    self.placement = Placement(self._constrain, self._shards, self._weights,
-                               choice.attend(self.attention, mesh, task))
+    self.attention, attend = "blockwise", None
+    if isinstance(mesh, jax.sharding.Mesh):  # An abstract one does not say what its devices are.
+      task = choice.Task.of(experiment, mesh)
+      self.attention = choice.choose(experiment.model.attention_kernel, task)
+      attend = choice.attend(self.attention, mesh, task)
+    self.placement = Placement(self._constrain, self._shards, self._weights, attend)
 
   # ------------------------------------------------------------------ State
 

@@ -55,6 +55,7 @@ class Report:
       its layout, `batch` a batch; `arguments` is what the compiler counts for all of these,
       padding included; `temporaries` what the step needs beside them; `peak` the most that is
       used at one moment; `capacity` the device's memory (None: unknown).
+    attention: the kernel that attends (`kernels.choice`).
     program: FLOPs, bytes and collectives of the optimised program.
     checks: whether it is as lean as its layout allows.
     model_flops: FLOPs of the step per device by convention: "6ND", "full" and "causal" attention;
@@ -73,6 +74,7 @@ class Report:
   microbatches: int
   at_a_time: int
   memory: dict[str, int | None]
+  attention: str
   program: hlo.Program
   checks: hlo_checks.Checks
   model_flops: dict[str, float]
@@ -162,7 +164,8 @@ def compile_step(experiment: schema.Experiment, found: Sequence[Any],
       devices=len(found), device_kind=found[0].device_kind, mesh_shape=dict(made.shape),
       sequences=sequences, seq_len=seq_len,
       microbatches=microbatches, at_a_time=at_a_time,
-      memory=_memory(compiled, layout, state, arrays, chip), program=program,
+      memory=_memory(compiled, layout, state, arrays, chip),
+      attention=layout.attention, program=program,
       checks=hlo_checks.check(module, program, experiment, layout, sequences, at_a_time),
       model_flops=model_flops, bounds=bounds, seconds=seconds, lower_s=lower_s,
       compile_s=compile_s,

@@ -380,3 +380,23 @@ fusion(%s0, %s1, %s2, %x.1), kind=kCustom, calls=%async_collective_fusion
   assert found.matmul_flops == 2 * 16 * 16 * 8
   # The gather reads its input and writes its output once; the product reads x, writes y.
   assert found.hbm_bytes == 256 + 1024 + 512 + 1024
+
+
+def test_a_kernel_counts_as_it_says_it_does():
+  """Pallas' cost estimate, times the trips of its loop; bytes beyond its arrays are read again."""
+  call = ('%kernel = f32[8,16]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", '
+          'backend_config={"custom_call_config":{"body":"AA==",COST"needs_layout_passes":true}}')
+  told = '"cost_estimate":{"flops":"1000","transcendentals":"7","bytes_accessed":"5000"},'
+  text = lambda cost: f"""HloModule m, entry_computation_layout={{(f32[8,16])->f32[8,16]}}
+
+ENTRY %main (x: f32[8,16]) -> f32[8,16] {{
+  %x = f32[8,16]{{1,0}} parameter(0)
+  ROOT {call.replace('COST', cost)}
+}}
+"""
+  found = hlo.analyse(text(told), {})
+  assert (found.matmul_flops, found.hbm_bytes, found.opaque) == (1000, 5000, ())
+  small = hlo.analyse(text(told.replace("5000", "10")), {})
+  assert small.hbm_bytes == 2 * 8 * 16 * 4
+  silent = hlo.analyse(text(""), {})
+  assert silent.matmul_flops == 0 and silent.opaque == (("tpu_custom_call", 1),)
