@@ -32,36 +32,44 @@ def _kernel(tiles_ref, q_ref, k_ref, value_ref, r_ref, u_ref, v_ref, segments_q_
     dk_sk[...] = jnp.zeros_like(dk_sk)
     dvalue_sk[...] = jnp.zeros_like(dvalue_sk)
 
-  q_qk, k_sk, grad_qk = q_ref[...], k_ref[...], grad_ref[...]
+  q_qk, k_sk, values_sk, grad_qk = q_ref[...], k_ref[...], value_ref[...], grad_ref[...]
   content_qk = blocks.biased(q_qk, u_ref[...], divisor)
   position_qk = blocks.biased(q_qk, v_ref[...], divisor)
-  scores_qs = blocks.scores(content_qk, position_qk, k_sk, r_ref, tiling, i, j)
-  of_q, of_s = None, None
-  if segments_q_ref is not None:
-    of_q, of_s = blocks.column(segments_q_ref[...]), segments_s_ref[...]
-  scores_qs = blocks.mask(scores_qs, of_q, of_s, tiling, i, j)
-  column = lambda ref: blocks.spread(blocks.column(ref[...]), tiling.block_k)
-  weights_qs = jnp.exp(scores_qs - column(logsumexp_ref))
-  dvalue_sk[...] += blocks.dot(weights_qs.astype(grad_qk.dtype), grad_qk, 0, 0)
-  dweights_qs = blocks.dot(grad_qk, value_ref[...], 1, 1)
-  dscores_qs = weights_qs * (dweights_qs - column(delta_ref))
-  low_qs = dscores_qs.astype(q_qk.dtype)
-  dk_sk[...] += blocks.dot(low_qs, content_qk, 0, 0)
+  logsumexp_ql, delta_ql = blocks.column(logsumexp_ref[...]), blocks.column(delta_ref[...])
+  segmented = segments_q_ref is not None
+  segments_ql = blocks.column(segments_q_ref[...]) if segmented else None
+
+  # What has block_q x block_k numbers is made a part at a time, since no more of it fits into
+  # registers, and multiplied whole, since the matrix unit likes it long.
+  weights, dscores, dproducts = [], [], []
+  for part, rows in tiling.parts:
+    scores_qs = (blocks.dot(content_qk[rows], k_sk, 1, 1) + blocks.position_scores(
+        position_qk[rows], r_ref[tiling.window_of(i, j, part), :], tiling))
+    ahead = j * tiling.block_k - i * tiling.block_q - rows.start
+    of_q, of_s = (segments_ql[rows], segments_s_ref[...]) if segmented else (None, None)
+    scores_qs = blocks.mask(scores_qs, ahead, of_q, of_s)
+    weights_qs = jnp.exp(scores_qs - blocks.spread(logsumexp_ql[rows], tiling.block_k))
+    dweights_qs = blocks.dot(grad_qk[rows], values_sk, 1, 1)
+    dscores_qs = weights_qs * (dweights_qs - blocks.spread(delta_ql[rows], tiling.block_k))
+    weights.append(weights_qs.astype(grad_qk.dtype))
+    dscores.append(dscores_qs.astype(q_qk.dtype))
+    dproducts.append(blocks.unshift(dscores_qs, tiling).astype(q_qk.dtype))
+  weights_qs, dscores_qs = (jnp.concatenate(x, axis=0) for x in (weights, dscores))
+  dvalue_sk[...] += blocks.dot(weights_qs, grad_qk, 0, 0)
+  dk_sk[...] += blocks.dot(dscores_qs, content_qk, 0, 0)
+
   # What reaches q + u by the content term is the gradient of u; by the position term, of v.
-  dq_qk = blocks.dot(low_qs, k_sk, 1, 0)
-  du_ref[...] += jnp.sum(dq_qk, axis=0, keepdims=True)
-  dv_1k = jnp.zeros_like(du_ref)
+  dq_qk = blocks.dot(dscores_qs, k_sk, 1, 0)
   by_position = []
-  for part in range(tiling.block_q // tiling.rows):
-    rows = slice(part * tiling.rows, (part + 1) * tiling.rows)
-    window = pl.ds(tiling.window_start(i, j, part), tiling.window)
-    dproduct_qw = blocks.unshift(dscores_qs[rows], tiling).astype(q_qk.dtype)
+  for (part, rows), dproduct_qw in zip(tiling.parts, dproducts, strict=True):
+    window = tiling.window_of(i, j, part)
     by_position.append(blocks.dot(dproduct_qw, r_ref[window, :], 1, 0))
-    dv_1k += jnp.sum(by_position[-1], axis=0, keepdims=True)
     dr_ref[window, :] += blocks.dot(dproduct_qw, position_qk[rows], 0, 0)
-  dv_ref[...] += dv_1k
+  dq_position_qk = jnp.concatenate(by_position, axis=0)
+  du_ref[...] += jnp.sum(dq_qk, axis=0, keepdims=True)
+  dv_ref[...] += jnp.sum(dq_position_qk, axis=0, keepdims=True)
   of_block = pl.ds(pl.multiple_of(i * tiling.block_q, tiling.block_q), tiling.block_q)
-  dq_tk[of_block, :] += dq_qk + jnp.concatenate(by_position, axis=0)
+  dq_tk[of_block, :] += dq_qk + dq_position_qk
 
   @pl.when(q_whole == 1)
   def _():

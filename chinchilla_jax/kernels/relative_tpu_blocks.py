@@ -57,6 +57,12 @@ class Tiling:
     return min(self.block_q, LANES)
 
   @property
+  def parts(self) -> list[tuple[int, slice]]:
+    """Number and queries of each of a tile's parts of `rows` queries."""
+    return [(part, slice(part * self.rows, (part + 1) * self.rows))
+            for part in range(self.block_q // self.rows)]
+
+  @property
   def window(self) -> int:
     """Distances that `rows` queries need, and one that is there for alignment."""
     return self.rows + self.block_k
@@ -100,10 +106,10 @@ class Tiling:
   def _last_key(self, i: int) -> int:
     return ((i + 1) * self.block_q - 1) // self.block_k
 
-  def window_start(self, i, j, part: int):
-    """Row of the relative keys where the window of rows part * rows ... of tile (i, j) begins."""
+  def window_of(self, i, j, part: int):
+    """The relative keys that a part of tile (i, j) needs."""
     start = self.length + j * self.block_k - i * self.block_q - (part + 1) * self.rows
-    return pl.multiple_of(start, min(self.rows, self.block_k))
+    return pl.ds(pl.multiple_of(start, min(self.rows, self.block_k)), self.window)
 
 
 def dot(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
@@ -161,22 +167,23 @@ def _roll(x_qw, by: int):
   return pltpu.roll(x_qw, by, 1) if by else x_qw
 
 
-def scores(q_content_qk, q_position_qk, k_sk, r_ref, tiling: Tiling, i, j) -> jax.Array:
-  """Float32 scores_qs of tile (i, j) before the mask."""
-  parts = []
-  for part in range(tiling.block_q // tiling.rows):
-    r_wk = r_ref[pl.ds(tiling.window_start(i, j, part), tiling.window), :]
-    rows = slice(part * tiling.rows, (part + 1) * tiling.rows)
-    parts.append(shift(dot(q_position_qk[rows], r_wk, 1, 1), tiling))
-  return dot(q_content_qk, k_sk, 1, 1) + jnp.concatenate(parts, axis=0)
+def position_scores(q_position_qk, r_wk, tiling: Tiling) -> jax.Array:
+  """The position term of one part of a tile, float32 [rows, keys]."""
+  return shift(dot(q_position_qk, r_wk, 1, 1), tiling)
 
 
-def mask(scores_qs, segments_ql, segments_1s, tiling: Tiling, i, j) -> jax.Array:
-  """Scores where the key is not after the query and in its document, else a very low number."""
+def mask(scores_qs, ahead, segments_ql, segments_1s) -> jax.Array:
+  """Scores where the key is not after the query and in its document, else a very low number.
+
+  Args:
+    scores_qs: of some queries and keys.
+    ahead: position of the first key less that of the first query.
+    segments_ql, segments_1s: their documents, or None.
+  """
   axis = lambda n: jax.lax.broadcasted_iota(jnp.int32, scores_qs.shape, n)
-  seen_qs = axis(0) - axis(1) >= j * tiling.block_k - i * tiling.block_q
+  seen_qs = axis(0) - axis(1) >= ahead
   if segments_ql is not None:
-    seen_qs &= spread(segments_ql, tiling.block_k) == segments_1s
+    seen_qs &= spread(segments_ql, scores_qs.shape[1]) == segments_1s
   return jnp.where(seen_qs, scores_qs, MASKED)
 
 

@@ -26,9 +26,14 @@ def _kernel(tiles_ref, q_ref, k_ref, value_ref, r_ref, u_ref, v_ref, segments_q_
     total_ql[...] = jnp.zeros_like(total_ql)
     mixed_qk[...] = jnp.zeros_like(mixed_qk)
 
-  scores_qs = blocks.scores(content_qk[...], position_qk[...], k_ref[...], r_ref, tiling, i, j)
+  by_position = [
+      blocks.position_scores(position_qk[rows], r_ref[tiling.window_of(i, j, part), :], tiling)
+      for part, rows in tiling.parts]
+  scores_qs = (blocks.dot(content_qk[...], k_ref[...], 1, 1)
+               + jnp.concatenate(by_position, axis=0))
   of_q, of_s = (None, None) if segments_q_ref is None else (segments_ql[...], segments_s_ref[...])
-  scores_qs = blocks.mask(scores_qs, of_q, of_s, tiling, i, j)
+  ahead = j * tiling.block_k - i * tiling.block_q
+  scores_qs = blocks.mask(scores_qs, ahead, of_q, of_s)
   # A row that has seen no key of its document yet mixes what it must not; the first key that it
   # may see, at the latest its own, takes all of that away again: exp(MASKED - score) is 0.
   before_ql = top_ql[...]
