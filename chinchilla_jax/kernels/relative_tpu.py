@@ -4,7 +4,8 @@
 
 over the keys j <= i of the query's document, with r_n = W_r R_n. Neither scores nor their
 position term ever leave the chip's vector memory; what is kept for the backward pass is the
-output and a number for each query. `model.attention` is the reference.
+output and a number for each query. Tiles after the diagonal are not visited, tiles without a
+document in common are skipped. `model.attention` is the reference.
 
 Two things stay in vector memory for a head: its relative keys, and in the backward kernel their
 gradient and that of the queries, in float32. That bounds the length. In bfloat16 with kv_size up
@@ -28,6 +29,9 @@ from chinchilla_jax.kernels.relative_tpu_blocks import Tiling
 from chinchilla_jax.kernels.relative_tpu_forward import forward
 
 BLOCK = 512
+# Generations, by the names of `parallel.topology`, that rotate each row by its number in one
+# instruction. v4 refuses to compile it. (v2 and v3 multiply no bfloat16 in a kernel.)
+STRIDED = frozenset({"v5e", "v5p", "v6e", "tpu7x"})
 
 
 def relative_attention(q_hbtk: jax.Array, k_hbtk: jax.Array, v_hbtk: jax.Array, r_hnk: jax.Array,
@@ -48,8 +52,8 @@ def relative_attention(q_hbtk: jax.Array, k_hbtk: jax.Array, v_hbtk: jax.Array, 
     divisor: of the scores, a constant.
     block_q, block_k: queries and keys of a tile, powers of two from 128 on. A short sequence
       takes smaller ones.
-    strided: the forward shift is one instruction, which v5e, v5p, v6e and tpu7x have. Without it
-      a few plain ones do the same on any generation.
+    strided: the chip's generation is in STRIDED. A few plain instructions do the same on any, and
+      take longer.
     name: under which `jax.checkpoint` policies find the output and the scores' logsumexp. Naming
       the result outside is not enough: the backward pass would run the forward kernel again.
     interpret: run without a TPU, in plain JAX; any power of two will do for a block.
@@ -117,7 +121,7 @@ def _whole_tiles(tiling: Tiling, q_hbtk, k_hbtk, v_hbtk, r_hnk, u_hk, v_hk, segm
                tiling.distances - ahead - r_hnk.shape[1])
   u_h1k, v_h1k = (bias.astype(jnp.float32)[:, None] for bias in (u_hk, v_hk))
   if segments_bt is not None:
-    segments_bt = _pad(segments_bt, 1, 0, ahead)[:, None]
+    segments_bt = jnp.pad(segments_bt, ((0, 0), (0, ahead)), mode="edge")[:, None]
   return (*(_pad(x, 2, 0, ahead) for x in (q_hbtk, k_hbtk, v_hbtk)), r_hnk, u_h1k, v_h1k,
           segments_bt)
 

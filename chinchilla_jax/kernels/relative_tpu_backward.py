@@ -11,7 +11,7 @@ from chinchilla_jax.kernels import relative_tpu_blocks as blocks
 from chinchilla_jax.kernels.relative_tpu_blocks import Tiling
 
 
-def _kernel(tiles_ref, q_ref, k_ref, value_ref, r_ref, u_ref, v_ref, segments_q_ref,
+def _kernel(tiles_ref, meet_ref, q_ref, k_ref, value_ref, r_ref, u_ref, v_ref, segments_q_ref,
             segments_s_ref, logsumexp_ref, delta_ref, grad_ref, dq_ref, dk_ref, dvalue_ref,
             dr_ref, du_ref, dv_ref, dq_tk, dk_sk, dvalue_sk, *, tiling: Tiling, divisor: float):
   step = pl.program_id(2)
@@ -32,44 +32,47 @@ def _kernel(tiles_ref, q_ref, k_ref, value_ref, r_ref, u_ref, v_ref, segments_q_
     dk_sk[...] = jnp.zeros_like(dk_sk)
     dvalue_sk[...] = jnp.zeros_like(dvalue_sk)
 
-  q_qk, k_sk, values_sk, grad_qk = q_ref[...], k_ref[...], value_ref[...], grad_ref[...]
-  content_qk = blocks.biased(q_qk, u_ref[...], divisor)
-  position_qk = blocks.biased(q_qk, v_ref[...], divisor)
-  logsumexp_ql, delta_ql = blocks.column(logsumexp_ref[...]), blocks.column(delta_ref[...])
-  segmented = segments_q_ref is not None
-  segments_ql = blocks.column(segments_q_ref[...]) if segmented else None
-
-  # What has block_q x block_k numbers is made a part at a time, since no more of it fits into
-  # registers, and multiplied whole, since the matrix unit likes it long.
-  weights, dscores, dproducts = [], [], []
-  for part, rows in tiling.parts:
-    scores_qs = (blocks.dot(content_qk[rows], k_sk, 1, 1) + blocks.position_scores(
-        position_qk[rows], r_ref[tiling.window_of(i, j, part), :], tiling))
-    ahead = j * tiling.block_k - i * tiling.block_q - rows.start
-    of_q, of_s = (segments_ql[rows], segments_s_ref[...]) if segmented else (None, None)
-    scores_qs = blocks.mask(scores_qs, ahead, of_q, of_s)
-    weights_qs = jnp.exp(scores_qs - blocks.spread(logsumexp_ql[rows], tiling.block_k))
-    dweights_qs = blocks.dot(grad_qk[rows], values_sk, 1, 1)
-    dscores_qs = weights_qs * (dweights_qs - blocks.spread(delta_ql[rows], tiling.block_k))
-    weights.append(weights_qs.astype(grad_qk.dtype))
-    dscores.append(dscores_qs.astype(q_qk.dtype))
-    dproducts.append(blocks.unshift(dscores_qs, tiling).astype(q_qk.dtype))
-  weights_qs, dscores_qs = (jnp.concatenate(x, axis=0) for x in (weights, dscores))
-  dvalue_sk[...] += blocks.dot(weights_qs, grad_qk, 0, 0)
-  dk_sk[...] += blocks.dot(dscores_qs, content_qk, 0, 0)
-
-  # What reaches q + u by the content term is the gradient of u; by the position term, of v.
-  dq_qk = blocks.dot(dscores_qs, k_sk, 1, 0)
-  by_position = []
-  for (part, rows), dproduct_qw in zip(tiling.parts, dproducts, strict=True):
-    window = tiling.window_of(i, j, part)
-    by_position.append(blocks.dot(dproduct_qw, r_ref[window, :], 1, 0))
-    dr_ref[window, :] += blocks.dot(dproduct_qw, position_qk[rows], 0, 0)
-  dq_position_qk = jnp.concatenate(by_position, axis=0)
-  du_ref[...] += jnp.sum(dq_qk, axis=0, keepdims=True)
-  dv_ref[...] += jnp.sum(dq_position_qk, axis=0, keepdims=True)
   of_block = pl.ds(pl.multiple_of(i * tiling.block_q, tiling.block_q), tiling.block_q)
-  dq_tk[of_block, :] += dq_qk + dq_position_qk
+
+  @pl.when(meet_ref[pl.program_id(1) * pl.num_programs(2) + step] == 1)
+  def _():
+    q_qk, k_sk, values_sk, grad_qk = q_ref[...], k_ref[...], value_ref[...], grad_ref[...]
+    content_qk = blocks.biased(q_qk, u_ref[...], divisor)
+    position_qk = blocks.biased(q_qk, v_ref[...], divisor)
+    logsumexp_ql, delta_ql = blocks.column(logsumexp_ref[...]), blocks.column(delta_ref[...])
+    segmented = segments_q_ref is not None
+    segments_ql = blocks.column(segments_q_ref[...]) if segmented else None
+
+    # What has block_q x block_k numbers is made a part at a time, since no more of it fits into
+    # registers, and multiplied whole, since the matrix unit likes it long.
+    weights, dscores, dproducts = [], [], []
+    for part, rows in tiling.parts:
+      scores_qs = (blocks.dot(content_qk[rows], k_sk, 1, 1) + blocks.position_scores(
+          position_qk[rows], r_ref[tiling.window_of(i, j, part), :], tiling))
+      ahead = j * tiling.block_k - i * tiling.block_q - rows.start
+      of_q, of_s = (segments_ql[rows], segments_s_ref[...]) if segmented else (None, None)
+      scores_qs = blocks.mask(scores_qs, ahead, of_q, of_s)
+      weights_qs = jnp.exp(scores_qs - blocks.spread(logsumexp_ql[rows], tiling.block_k))
+      dweights_qs = blocks.dot(grad_qk[rows], values_sk, 1, 1)
+      dscores_qs = weights_qs * (dweights_qs - blocks.spread(delta_ql[rows], tiling.block_k))
+      weights.append(weights_qs.astype(grad_qk.dtype))
+      dscores.append(dscores_qs.astype(q_qk.dtype))
+      dproducts.append(blocks.unshift(dscores_qs, tiling).astype(q_qk.dtype))
+    weights_qs, dscores_qs = (jnp.concatenate(x, axis=0) for x in (weights, dscores))
+    dvalue_sk[...] += blocks.dot(weights_qs, grad_qk, 0, 0)
+    dk_sk[...] += blocks.dot(dscores_qs, content_qk, 0, 0)
+
+    # What reaches q + u by the content term is the gradient of u; by the position term, of v.
+    dq_qk = blocks.dot(dscores_qs, k_sk, 1, 0)
+    by_position = []
+    for (part, rows), dproduct_qw in zip(tiling.parts, dproducts, strict=True):
+      window = tiling.window_of(i, j, part)
+      by_position.append(blocks.dot(dproduct_qw, r_ref[window, :], 1, 0))
+      dr_ref[window, :] += blocks.dot(dproduct_qw, position_qk[rows], 0, 0)
+    dq_position_qk = jnp.concatenate(by_position, axis=0)
+    du_ref[...] += jnp.sum(dq_qk, axis=0, keepdims=True)
+    dv_ref[...] += jnp.sum(dq_position_qk, axis=0, keepdims=True)
+    dq_tk[of_block, :] += dq_qk + dq_position_qk
 
   @pl.when(q_whole == 1)
   def _():
@@ -96,21 +99,21 @@ def backward(q_hbtk, k_hbtk, v_hbtk, r_hnk, u_h1k, v_h1k, segments_b1t, logsumex
   """
   h, b, t, k = q_hbtk.shape
   tiles = tiling.tiles_by_key()
-  queries = lambda h, b, step, tiles: (h, b, tiles[0, step], 0)
-  keys = lambda h, b, step, tiles: (h, b, tiles[1, step], 0)
-  whole = lambda h, b, step, tiles: (h, b, tiles[5, step], 0)
-  head = lambda h, b, step, tiles: (h, 0, 0)
+  queries = lambda h, b, step, tiles, meet: (h, b, tiles[0, step], 0)
+  keys = lambda h, b, step, tiles, meet: (h, b, tiles[1, step], 0)
+  whole = lambda h, b, step, tiles, meet: (h, b, tiles[5, step], 0)
+  head = lambda h, b, step, tiles, meet: (h, 0, 0)
   bq, bk = tiling.block_q, tiling.block_k
   block_q = pl.BlockSpec((None, None, bq, k), queries)
   block_k = pl.BlockSpec((None, None, bk, k), keys)
-  row = pl.BlockSpec((None, None, 1, bq), lambda h, b, step, tiles: (h, b, 0, tiles[0, step]))
+  row = pl.BlockSpec((None, None, 1, bq), lambda h, b, step, tiles, meet: (h, b, 0, tiles[0, step]))
   # Buffered once: they change with the head only, and are the largest things here.
   relative = pl.BlockSpec((None, tiling.distances, k), head, pipeline_mode=pl.Buffered(1))
   bias = pl.BlockSpec((None, 1, k), head)
   segments = [None, None]
   if segments_b1t is not None:
-    segments = [pl.BlockSpec((None, 1, bq), lambda h, b, step, tiles: (b, 0, tiles[0, step])),
-                pl.BlockSpec((None, 1, bk), lambda h, b, step, tiles: (b, 0, tiles[1, step]))]
+    segments = [pl.BlockSpec((None, 1, bq), lambda h, b, step, tiles, meet: (b, 0, tiles[0, step])),
+                pl.BlockSpec((None, 1, bk), lambda h, b, step, tiles, meet: (b, 0, tiles[1, step]))]
   size = q_hbtk.dtype.itemsize
   pairs = h * b * tiles.shape[1] * bq * bk
   like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
@@ -118,7 +121,7 @@ def backward(q_hbtk, k_hbtk, v_hbtk, r_hnk, u_h1k, v_h1k, segments_b1t, logsumex
   return pl.pallas_call(
       functools.partial(_kernel, tiling=tiling, divisor=divisor),
       grid_spec=pltpu.PrefetchScalarGridSpec(
-          num_scalar_prefetch=1,
+          num_scalar_prefetch=2,
           grid=(h, b, tiles.shape[1]),
           in_specs=[block_q, block_k, block_k, relative, bias, bias, *segments, row, row, block_q],
           out_specs=[pl.BlockSpec((None, None, bq, k), whole), block_k, block_k, relative, bias,
@@ -138,5 +141,5 @@ def backward(q_hbtk, k_hbtk, v_hbtk, r_hnk, u_h1k, v_h1k, segments_b1t, logsumex
           transcendentals=pairs),
       interpret=interpret,
       name="relative_attention_backward",
-  )(tiles, q_hbtk, k_hbtk, v_hbtk, r_hnk, u_h1k, v_h1k, segments_b1t, segments_b1t,
-    logsumexp_hb1t, delta_hb1t, grad_hbtk)
+  )(tiles, blocks.meetings(tiles, segments_b1t, b, tiling), q_hbtk, k_hbtk, v_hbtk, r_hnk,
+    u_h1k, v_h1k, segments_b1t, segments_b1t, logsumexp_hb1t, delta_hb1t, grad_hbtk)

@@ -112,6 +112,20 @@ class Tiling:
     return pl.ds(pl.multiple_of(start, min(self.rows, self.block_k)), self.window)
 
 
+def meetings(tiles: np.ndarray, segments_b1t, b: int, tiling: Tiling) -> jax.Array:
+  """Which tiles may hold a query and a key of one document: int32 [b * tiles], 1 or 0.
+
+  By the lowest and the highest number in a block. So a tile that could be left out may be
+  computed, and masked, where documents are not numbered in their order.
+  """
+  if segments_b1t is None:
+    return jnp.ones((b * tiles.shape[1],), jnp.int32)
+  of_q, of_s = (segments_b1t.reshape(b, -1, size)[:, index] for size, index in (
+      (tiling.block_q, tiles[0]), (tiling.block_k, tiles[1])))
+  apart = (jnp.max(of_q, 2) < jnp.min(of_s, 2)) | (jnp.max(of_s, 2) < jnp.min(of_q, 2))
+  return (1 - apart.astype(jnp.int32)).reshape(-1)
+
+
 def dot(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
   """The float32 product of two matrices over the named axes.
 
