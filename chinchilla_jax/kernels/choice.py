@@ -175,7 +175,7 @@ def _run_relative_tpu(task, interpret, divisor, saved_as, q, k, v, relative, seg
   block = relative_tpu.BLOCK // 2 if short else relative_tpu.BLOCK
   return relative_tpu.relative_attention(
       q, k, v, *relative, segments_bt, divisor=divisor, block_q=block, block_k=block,
-      strided=task.chip != "v4", name=saved_as, interpret=interpret)
+      strided=task.chip in relative_tpu.STRIDED, name=saved_as, interpret=interpret)
 
 
 def _run_splash(task, interpret, divisor, saved_as, q, k, v, relative, segments_bt):
