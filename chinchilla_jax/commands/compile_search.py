@@ -113,7 +113,7 @@ def compiled(words: list[str], seconds: float | None):
     return Outcome(True, took, facts["memory"]["peak"], bound["step_s"], bound["serial_s"],
                    bound["mfu_ceiling"]["causal"], bound["mfu_serial"]["causal"])
   if done.returncode == 2 and "out of memory" in said:
-    needs = re.search(r"(?:needs|peak) ([\d.]+) GiB of the? ?([\d.]+) GiB", said)
+    needs = re.search(r"(?:needs|peak) ([\d.]+) GiB of (?:the )?([\d.]+) GiB", said)
     return Outcome(False, took, float(needs[1]) * _GIB if needs else None,
                    note=f"({needs[1]} of {needs[2]} GiB)" if needs else "")
   raise UserError(f"--search: a layout does not compile: {said}; try it alone: chinchilla compile "

@@ -294,15 +294,20 @@ def test_the_command_as_json(compiler, capsys):
       search.TOO_LARGE, search.TOO_SLOW, search.NO_TIME}
 
 
-def test_nothing_fits_is_one_line_with_the_nearest_and_what_helps(compiler, capsys):
+@pytest.mark.parametrize("complaint, numbers", [
+    ("a device (TPU v5 lite) needs 20.50 GiB of the 15.75 GiB that a program can use, 4.75 GiB "
+     "too many", "20.50 of 15.75 GiB"),
+    ("peak 16.25 GiB of 16.00 GiB", "16.25 of 16.00 GiB")])
+def test_nothing_fits_is_one_line_with_the_nearest_and_what_helps(
+    complaint, numbers, compiler, capsys):
   compiler(lambda words: SimpleNamespace(returncode=2, stdout="", stderr=(
-      "chinchilla compile: out of memory: a device (TPU v5 lite) needs 20.50 GiB of the "
-      "15.75 GiB that a program can use, 4.75 GiB too many; what helps: more devices")))
+      f"E0000 libtpu complains\nchinchilla compile: out of memory: {complaint}; what helps: more "
+      "devices\nand again\n")))
   assert cli.main([*WORDS, "--json"]) == 2
   captured = capsys.readouterr()
   line = captured.err.strip()
   assert "\n" not in line and "no layout that was compiled fits v5e:2x4" in line
-  assert "20.50 of 15.75 GiB" in line and "more devices" in line
+  assert numbers in line and "more devices" in line
   assert not any(row["fits"] for row in json.loads(captured.out)["compiled"])
 
 
