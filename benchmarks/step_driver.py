@@ -45,7 +45,7 @@ def build(shape: dict[str, int], args: argparse.Namespace):
 
   from chinchilla_jax import config as schema
   from chinchilla_jax.model import flops
-  from chinchilla_jax.parallel import mesh, topology
+  from chinchilla_jax.parallel import compiler_flags, mesh, topology
   from chinchilla_jax.parallel.layout import Layout
   from chinchilla_jax.training import state as state_lib
   from chinchilla_jax.training import step
@@ -66,9 +66,12 @@ def build(shape: dict[str, int], args: argparse.Namespace):
       loss=schema.Loss(chunk=args.chunk))
   adamw = AdamW(experiment.optimizer, experiment.precision, lambda step: jax.numpy.float32(3e-4))
   layout = Layout(experiment, mesh.make(experiment.mesh, jax.devices()[:1]))
-  state = jax.jit(lambda key: state_lib.init(experiment.model, adamw, key))(jax.random.key(0))
+  options = compiler_flags.of(layout.mesh)
+  state = jax.jit(lambda key: state_lib.init(experiment.model, adamw, key),
+                  compiler_options=options)(jax.random.key(0))
   sizes = jax.tree_util.tree_leaves_with_path(state["params"])
-  train_step = jax.jit(step.make_train_step(experiment, adamw, layout), donate_argnums=0)
+  train_step = jax.jit(step.make_train_step(experiment, adamw, layout), donate_argnums=0,
+                       compiler_options=options)
 
   rng = np.random.default_rng(0)
   rows = [rng.integers(1, shape["vocab"], (shape["batch"], shape["seq"] + 1), dtype=np.int32)
@@ -124,6 +127,9 @@ def main() -> None:
   parser.add_argument("--warmup", type=int, default=2)
   parser.add_argument("--serve", action="store_true")
   args = parser.parse_args()
+  from chinchilla_jax.training import heap
+  heap.huge_pages()  # Both as `chinchilla train` does.
+  heap.few_arenas()
 
   events = os.fdopen(os.dup(1), "w", buffering=1)
   os.dup2(2, 1)

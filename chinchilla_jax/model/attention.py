@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from chinchilla_jax import config as schema
 from chinchilla_jax.model import parametrisation
-from chinchilla_jax.model.layers import RMSNorm, add, dense, weight, zeros
+from chinchilla_jax.model.layers import DENSE, RMSNorm, add, dense, weight, zeros
 from chinchilla_jax.model.placement import WHOLE, Placement, Rows
 from chinchilla_jax.model.products import product
 
@@ -245,15 +245,19 @@ class Attention(nnx.Module):
 
   def _project(self, x_btd, position_t):
     """Queries, keys and values, normalised and rotated where the config says so."""
+    rotary = self.config.position == "rotary"
+    # What a rotation is given, its gradient does not need: what it gives is saved in its place.
+    early = rotary and not self.config.qk_norm
     # As the product makes them, then moved: XLA's CPU backend would move its operands instead.
-    q_hbtk, k_hbtk, v_hbtk = (
-        jnp.moveaxis(dense("btd,dhk->bthk", x_btd, w), 2, 0)
-        for w in (self.w_query, self.w_key, self.w_value))
+    project = lambda w, saved: jnp.moveaxis(dense("btd,dhk->bthk", x_btd, w, saved), 2, 0)
+    q_hbtk, k_hbtk = project(self.w_query, not early), project(self.w_key, not early)
+    v_hbtk = project(self.w_value, True)
     if self.config.qk_norm:
       q_hbtk, k_hbtk = self.query_norm(q_hbtk), self.key_norm(k_hbtk)
-    if self.config.position == "rotary":
-      q_hbtk = rotate(q_hbtk, position_t, self.config.rotary_base)
-      k_hbtk = rotate(k_hbtk, position_t, self.config.rotary_base)
+    if rotary:
+      q_hbtk, k_hbtk = (rotate(x, position_t, self.config.rotary_base) for x in (q_hbtk, k_hbtk))
+    if early:
+      q_hbtk, k_hbtk = (checkpoint_name(x, DENSE) for x in (q_hbtk, k_hbtk))
     return q_hbtk, k_hbtk, v_hbtk
 
   def _distances(self, r_hnk, rows: Rows, start: int, stop: int, placement: Placement):

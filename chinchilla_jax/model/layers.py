@@ -60,12 +60,13 @@ def add(x: jax.Array, bias: jax.Array) -> jax.Array:
   return (x.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
-def dense(spec: str, x: jax.Array, w: nnx.Param) -> jax.Array:
-  """`product` with a weight, under the name by which remat policies save it.
+def dense(spec: str, x: jax.Array, w: nnx.Param, saved: bool = True) -> jax.Array:
+  """`product` with a weight, under the name by which remat policies save it (if `saved`).
 
   They cannot tell by the primitive: a product with its own gradient hides it from them.
   """
-  return checkpoint_name(product(spec, x, w[...]), DENSE)
+  out = product(spec, x, w[...])
+  return checkpoint_name(out, DENSE) if saved else out
 
 
 class RMSNorm(nnx.Module):

@@ -24,6 +24,11 @@ lies; o: those of its optimizer state.
   scatter gradient E (o-1)/o in the gradients' dtype, M times: a device keeps no gradient beyond its
                    piece, so every microbatch has to be handed over (ZeRO, stages 2 and 3). The two
                    uses of the embedding are added up before they travel.
+  sum keys         2 K (o-1)/o, M times, K the bytes of all relative keys: W_r multiplies
+                   sinusoids, which every device has. So its gradient can be summed before that
+                   product, at the keys, and takes the place of W_r's part of `scatter gradient`
+                   where it is less. Nor does backward gather W_r, but to make the keys again (remat
+                   full).
   sum gradient     2 E/o (r-1)/r, once: the r = S D C / o devices that hold the same piece (slices,
                    or all of them with `replicated`) add up after the last microbatch.
 
@@ -148,12 +153,20 @@ def _weights(experiment: schema.Experiment, sizes: Mapping[str, int],
     lies, updated = _beyond_tensor(param.resolved.spec), _beyond_tensor(moment.resolved.spec)
     pieces = lambda axes: math.prod(sizes[axis] for axis in axes)
     p, o = pieces(lies), pieces(updated)
-    again = param.path.startswith("params/blocks/") and experiment.model.remat != "none"
+    of_relative = param.path.endswith("/w_relative")
+    again = param.path.startswith("params/blocks/") and experiment.model.remat in (
+        ("full",) if of_relative else ("full", "dots"))
     times = parts * (2 if again else 1)
     yield ("gather for use", "all-gather", lies, times * n * held * (1 - 1 / p))
     late = tuple(axis for axis in updated if axis not in lies)
     yield ("gather updated", "all-gather", late, n / p * held * (1 - 1 / pieces(late)))
-    yield ("scatter gradient", "reduce-scatter", updated, parts * n * handed * (1 - 1 / o))
+    scattered = parts * n * handed * (1 - 1 / o)
+    keys = n / experiment.model.d_model * (experiment.data.seq_len + 1)
+    summed = 2 * parts * keys * handed * (1 - 1 / o)
+    if of_relative and summed < scattered:
+      yield "sum keys", "all-reduce", updated, summed
+    else:
+      yield "scatter gradient", "reduce-scatter", updated, scattered
     alike = tuple(axis for axis in ("slice", "data", "context") if axis not in updated)
     yield ("sum gradient", "all-reduce", alike, 2 * n / o * handed * (1 - 1 / pieces(alike)))
 

@@ -376,4 +376,4 @@ def jit_step(made: Plan, layout: Layout) -> Callable[..., tuple[state_lib.State,
   wanted = state_lib.abstract(made.experiment.model, made.optimizer)
   return jax.jit(voted, donate_argnums=0,
                  out_shardings=(layout.state(wanted), layout.replicated),
-                 compiler_options=compiler_flags.options(layout.mesh.devices.flat[0].device_kind))
+                 compiler_options=compiler_flags.of(layout.mesh))

@@ -301,7 +301,8 @@ def test_what_only_the_cloud_knows_is_asked_before_anything_is_created(cloud, tp
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--config=configs/chinchilla.py:70b", "--config.mesh.tensor=16"], "tensor 16 does not make 4 devices"),
+    (["--config=configs/chinchilla.py:70b", "--config.mesh.tensor=16"],
+     "tensor 16 does not make 4 devices"),
     (["--config=configs/chinchilla.py:74m", "--config.batch.sequences=6"], "do not divide"),
     (["--config=configs/chinchilla.py:74m", "--workdir=/x"], "")])
 def test_a_config_that_does_not_fit_is_refused_before_the_slice_is_asked_for(cloud, repo, words,

@@ -111,3 +111,19 @@ def test_the_batch_decides_what_activations_weigh():
   tokens = lambda n: sum(t.wire_bytes for t in wire_minimum.terms(made, mesh, n)
                          if t.name == "tokens over tensor")
   assert tokens(64) == 2 * tokens(32) == 2 * tokens(None)
+
+
+def test_relative_keys_are_summed_where_that_is_less():
+  """W_r multiplies what every device has: its gradient can be summed at the keys."""
+  m = BASE.model
+  w_r = m.n_layers * m.d_model * m.n_heads * m.kv_size
+  blocks, n = parameters()
+  rows = found("fsdp", {"data": 8}, data__seq_len=8, model__remat="dots")
+  assert rows["sum keys", "all-reduce", ("data",)] == pytest.approx(
+      2 * w_r / m.d_model * 9 * 2 * 7 / 8)
+  assert rows["scatter gradient", "reduce-scatter", ("data",)] == pytest.approx(
+      (n - w_r) * 2 * 7 / 8)
+  assert rows["gather for use", "all-gather", ("data",)] == pytest.approx(
+      (blocks + n - w_r) * 2 * 7 / 8)
+  long = found("fsdp", {"data": 8}, data__seq_len=4096, model__remat="dots")
+  assert ("sum keys", "all-reduce", ("data",)) not in long
