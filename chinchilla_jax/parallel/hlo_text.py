@@ -121,16 +121,19 @@ def parse(text: str) -> Module:
   entry, computations, instructions = None, {}, None
   for line in text.splitlines():
     if line.startswith(" "):
-      if instructions is not None:
-        instruction = _instruction(line)
-        if instruction is not None:
-          instructions[instruction.name] = instruction
+      if instructions is not None and (found := _instruction(line)) is not None:
+        newest = found.name
+        instructions[newest] = found
     elif line.endswith("{") and line.startswith(("%", "ENTRY ")):
       name = _NAME.search(line)[1]
       if line.startswith("ENTRY "):
         entry = name
       instructions = {}
       computations[name] = Computation(name, instructions)
+    elif instructions and line != "}" and not line.startswith("}, "):
+      # A kernel's attributes may have line breaks in them.
+      begun = instructions[newest]
+      instructions[newest] = begun._replace(attributes=begun.attributes + line)
     else:
       instructions = None
   if entry is None:

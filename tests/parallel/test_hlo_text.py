@@ -182,3 +182,25 @@ def test_the_part_of_a_mesh_that_is_one_slice():
   assert hlo_slices.split({"slice": 1, "data": 8}, 4) == ({"slice": 1, "data": 4}, "data")
   with pytest.raises(ValueError, match="compiled for 3 devices"):
     hlo_slices.split(mesh, 3)
+
+
+def test_an_instruction_may_go_over_several_lines():
+  """As the TPU compiler prints splash attention's metadata."""
+  module = hlo_text.parse("""HloModule m
+
+%body (x: f32[2]) -> f32[2] {
+  %x = f32[2]{0} parameter(0)
+  %k = f32[2]{0} custom-call(%x), custom_call_target="k", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="a kernel"}
+  ROOT %y = f32[2]{0} negate(%k)
+}
+
+ENTRY %main (x: f32[2]) -> f32[2] {
+  %x = f32[2]{0} parameter(0)
+  ROOT %call = f32[2]{0} call(%x), to_apply=%body
+}
+""")
+  body = module.computations["body"]
+  assert list(body.instructions) == ["x", "k", "y"] and body.root.name == "y"
+  assert 'op_name="a kernel"' in body.instructions["k"].attributes
