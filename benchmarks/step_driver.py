@@ -125,11 +125,16 @@ def main() -> None:
   parser.add_argument("--batch", type=int, help="sequences, by default those of the shape")
   parser.add_argument("--steps", type=int, default=7)
   parser.add_argument("--warmup", type=int, default=2)
+  parser.add_argument("--cache", action="store_true",
+                      help="keep compiled programs and use kept ones, as `chinchilla train` does")
   parser.add_argument("--serve", action="store_true")
   args = parser.parse_args()
   from chinchilla_jax.training import heap
   heap.huge_pages()  # Both as `chinchilla train` does.
   heap.few_arenas()
+  if args.cache:
+    from chinchilla_jax.storage import compiled
+    compiled.keep()
 
   events = os.fdopen(os.dup(1), "w", buffering=1)
   os.dup2(2, 1)

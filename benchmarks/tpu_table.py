@@ -15,33 +15,34 @@ import sys
 ROOT = pathlib.Path(__file__).parent.parent
 GIB = 2**30
 _70B = "--config=configs/chinchilla.py:70b"
-_BOTH = ("--config.mesh.strategy=fsdp_tensor", "--config.mesh.tensor=8")
+_PAPER = ("--config.mesh.strategy=deepmind", "--config.mesh.tensor=16", "--config.model.remat=full")
+_LONG = ("--config.data.seq_len=8192", "--sequences=192", "--config.batch.sequences=192",
+         "--config.batch.ramp=()")
 
 # Name, words of the command.
 ROWS = (
     ("70B, 1.5M tokens", (_70B, "--topology=v4:8x8x16", "--sequences=768")),
-    ("70B, 1.5M tokens", (_70B, "--topology=v4:8x8x16", "--sequences=768", *_BOTH)),
+    ("the same, as the paper lays it out", (_70B, "--topology=v4:8x8x16", "--sequences=768",
+                                            *_PAPER)),
+    ("70B, 3M tokens", (_70B, "--topology=v4:8x8x16", "--sequences=1536")),
     ("70B, 3M tokens, two slices", (_70B, "--topology=v4:8x8x16", "--slices=2",
                                     "--sequences=1536", "--config.batch.sequences=1536",
                                     "--config.batch.ramp=()")),
+    ("70B, 1.5M tokens", (_70B, "--topology=v5p:8x8x8", "--sequences=768",
+                          "--config.mesh.tensor=2")),
+    ("70B, 1.5M tokens, sequences of 8,192", (_70B, "--topology=v5p:8x8x8", *_LONG)),
+    ("70B, 1.5M tokens", (_70B, "--topology=v6e:16x16", "--sequences=768",
+                          "--config.batch.microbatches=4")),
+    ("70B, 1.5M tokens", (_70B, "--topology=v5e:16x16", "--sequences=768",
+                          "--config.mesh.tensor=8", "--config.batch.microbatches=4",
+                          "--config.model.remat=full")),
+    ("64.7B, rotary, one sequence a chip", (
+        _70B, "--topology=v4:8x8x16", "--sequences=1024", "--config.batch.sequences=1024",
+        "--config.batch.ramp=()", "--config.model.position=rotary", "--config.mesh.strategy=fsdp",
+        "--config.mesh.tensor=1", "--config.model.remat=full", "--config.mesh.whole_below=0")),
     ("Gopher 280B, 3M tokens, four slices", (
         "--config=configs/gopher.py:280b", "--topology=v3:32x32", "--slices=4",
         "--sequences=1536")),
-    ("70B, 1.5M tokens", (_70B, "--topology=v5e:16x16", "--sequences=768", *_BOTH,
-                          "--config.batch.microbatches=4")),
-    ("70B, 1.5M tokens", (_70B, "--topology=v6e:16x16", "--sequences=768", *_BOTH,
-                          "--config.batch.microbatches=2")),
-    ("70B, 1.5M tokens", (_70B, "--topology=v5p:8x8x8", "--sequences=768", *_BOTH)),
-    ("70B, 3M tokens", (_70B, "--topology=v4:8x8x16", "--sequences=1536")),
-    ("70B, 3M tokens", (_70B, "--topology=v4:8x8x16", "--sequences=1536", *_BOTH)),
-    ("70B, 1.5M tokens, sequences of 8,192", (
-        _70B, "--topology=v5p:8x8x8", "--config.data.seq_len=8192", "--sequences=192",
-        "--config.batch.sequences=192", "--config.batch.ramp=()", *_BOTH,
-        "--config.model.attention_block=2048")),
-    ("70B, 1.5M tokens, sequences of 8,192", (
-        _70B, "--topology=v5p:8x8x8", "--config.data.seq_len=8192", "--sequences=192",
-        "--config.batch.sequences=192", "--config.batch.ramp=()", *_BOTH,
-        "--config.model.attention_block=2048", "--config.mesh.context=4")),
 )
 
 
@@ -65,11 +66,15 @@ def row(name: str, facts: dict) -> str:
   for item in facts["program"]["collectives"]:
     for axis in item["axes"] or ("none",):
       sent[axis] = sent.get(axis, 0) + item["wire_bytes"] / len(item["axes"] or (1,))
+  checks = facts["checks"]
   over = ", ".join(f"{axis} {n / 1e9:.1f}" for axis, n in sorted(sent.items()) if n > 5e7)
   return " | ".join((
       "", name, facts["topology"], f"{facts['strategy']}: {mesh}", str(facts["microbatches"]),
+      facts["attention"],
       gib("parameters"), gib("master", "moments"), gib("temporaries"),
       f"{gib('peak')} of {memory['capacity'] / GIB:g}", over,
+      f"{checks['sent_over_least']:.2f}" if checks["sent_over_least"] else "",
+      f"{checks['overlap']:.0%}",
       f"{facts['program']['matmul_flops'] / facts['model_flops']['causal']:.2f}",
       f"{bound['compute_s']:.2f} / {bound['hbm_s']:.2f} / {bound['ici_s']:.2f} / "
       f"{bound['dcn_s']:.2f}",
@@ -84,13 +89,14 @@ HEAD = """\
 Every row is one training step (forward, backward, clipping, AdamW), compiled by libtpu on a
 machine without a TPU. `python benchmarks/tpu_table.py` makes this page again; how to read the
 columns is in [parallelism.md](parallelism.md#what-compile-prints). Sequences are of 2,048 tokens
-where nothing else is said, rematerialisation is full, parameters bfloat16. GiB and GB are of one
-JAX device and one step; v3 has two devices a chip.
+where nothing else is said, parameters bfloat16. Rematerialisation is `dots` where the command does
+not name it (`full` for Gopher). GiB and GB are of one JAX device and step; v3 has two a chip.
 
-| model, batch | slice | layout | microbatches | parameters, GiB | master and moments, GiB | \
-temporaries, GiB | peak, GiB | sent, GB | FLOPs done / model (causal) | least seconds: compute / \
-HBM / ICI / DCN | MFU ceiling: all overlaps / nothing does | compiler |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| model, batch | slice | layout | microbatches | attention | parameters, GiB | master and moments, \
+GiB | temporaries, GiB | peak, GiB | sent, GB | sent / least | can overlap | FLOPs done / model \
+(causal) | least seconds: compute / HBM / ICI / DCN | MFU ceiling: all overlaps / nothing does | \
+compiler |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
 
