@@ -40,13 +40,17 @@ class AdamW:
   def has_master(self) -> bool:
     return self.precision.parameters == "bfloat16" and self.precision.rounding == "master"
 
+  def rounded(self, weights: Tree) -> Tree:
+    """Float32 weights as parameters, to the nearest."""
+    return jax.tree.map(lambda w: w.astype(self.precision.parameters), weights)
+
   def init(self, weights: Tree) -> tuple[Tree, dict[str, Tree]]:
     """Parameters and optimizer state from freshly drawn float32 weights."""
     zeros = lambda: jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
     state = {"count": jnp.int32(0), "mu": zeros(), "nu": zeros()}
     if self.has_master:
       state["master"] = weights
-    return jax.tree.map(lambda w: w.astype(self.precision.parameters), weights), state
+    return self.rounded(weights), state
 
   def apply(self, grads: Tree, state: dict[str, Tree], params: Tree, step: jax.Array,
             key: jax.Array, groups: tuple[tuple[str, Factors], ...] = (),
@@ -94,7 +98,7 @@ class AdamW:
     if self.precision.rounding == "stochastic":
       new_params = _stochastic_round_tree(new_weights, key)
     else:
-      new_params = jax.tree.map(lambda w: w.astype(self.precision.parameters), new_weights)
+      new_params = self.rounded(new_weights)
     norms = {"grad_norm": grad_norm, "update_norm": optax.tree.norm(updates),
              "param_norm": optax.tree.norm(weights), "learning_rate": learning_rate}
     return new_params, new_state, norms

@@ -100,9 +100,6 @@ def make_train_step(experiment: schema.Experiment, optimizer: AdamW, layout: Lay
     params, optimizer_state, norms = optimizer.apply(
         grads, state["optimizer"], state["params"], state["step"], key,
         parametrisation.groups(experiment.model))
-    if layout is not None:  # What is gathered has the dtype of the parameters, not the master's.
-      params = layout.like_optimizer(params)
-
     mean = nll / jnp.maximum(weight, 1.0)
     finite = jnp.isfinite(nll) & jnp.isfinite(norms["grad_norm"])
     guard = state["guard"]
@@ -111,13 +108,21 @@ def make_train_step(experiment: schema.Experiment, optimizer: AdamW, layout: Lay
         norms["learning_rate"])
     good = finite & ~is_spike if experiment.guard.spikes == "skip" else finite
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+    optimizer_state = keep(optimizer_state, state["optimizer"])
+    if optimizer.has_master:
+      # Not chosen between new and old ones: where parameters are gathered, that would copy both.
+      params = optimizer.rounded(optimizer_state["master"])
+    if layout is not None:  # What is gathered has the dtype of the parameters, not the master's.
+      params = layout.like_optimizer(params)
+    if not optimizer.has_master:
+      params = keep(params, state["params"])
     counts = {"nonfinite_run": jnp.where(finite, 0, guard["nonfinite_run"] + 1),
               "nonfinite_total": guard["nonfinite_total"] + jnp.where(finite, 0, 1),
               "spike_total": guard["spike_total"] + jnp.where(is_spike, 1, 0)}
     new_state = {
         "step": state["step"] + 1,
-        "params": keep(params, state["params"]),
-        "optimizer": keep(optimizer_state, state["optimizer"]),
+        "params": params,
+        "optimizer": optimizer_state,
         "guard": counts | stats,
     }
     metrics = {"loss": mean, "targets": weight, **norms, **counts,
