@@ -40,7 +40,7 @@ class Profiler:
   def __init__(self, config: schema.Profile, folder: Place, say: Callable[[str], None]):
     self._wanted, self._folder, self._say = steps(config), folder, say
     self._scratch: paths.Scratch | None = None
-    self._running = False
+    self._running, self._last = False, 0
 
   def before(self, step: int, ready: Any) -> None:
     """Starts the trace if it starts with this step; `ready` is what the step before made."""
@@ -60,6 +60,7 @@ class Profiler:
 
   def after(self, step: int, ready: Any) -> bool:
     """Ends the trace if it ends with this step, which made `ready`; whether it did."""
+    self._last = step
     if not self._running or step < self._wanted[1]:
       return False
     jax.block_until_ready(ready)
@@ -70,14 +71,14 @@ class Profiler:
     """Ends a trace that a stop cut short."""
     if not self._running:
       return
-    self._running, wanted = False, self._wanted
+    self._running, first = False, self._wanted[0]
     self._wanted = None
     try:
       jax.profiler.stop_trace()
       if self._scratch is not None:
         for name in paths.sizes(self._scratch.path):
           objects.upload(self._scratch.path / name, f"{self._folder.url}/{name}")
-      self._say(f"trace of steps {wanted[0]:,} to {wanted[1]:,} in {self._folder}")
+      self._say(f"trace of steps {first:,} to {self._last:,} in {self._folder}")
     except Exception as error:
       self._give_up(error)
     finally:

@@ -1,21 +1,37 @@
-"""A trace of the steps that were asked for, which both viewers can open."""
+"""A trace of the steps that were asked for, which both viewers can open.
+
+Each run is a process of its own: once libtpu has been loaded, as other tests do, JAX's profiler
+does not start any more.
+"""
 
 import dataclasses
 import gzip
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import pytest
-from tiny import tiny_experiment
+from tiny import ROOT
 
 from chinchilla_jax import config as schema
 from chinchilla_jax import config_io
 from chinchilla_jax.errors import UserError
-from chinchilla_jax.training import loop, profiling
+from chinchilla_jax.training.run_folder import RunFolder
 
 
-def with_steps(experiment, steps):
-  return dataclasses.replace(experiment, profile=schema.Profile(steps=steps))
+def train(experiment, steps, workdir) -> str:
+  """What a run with a trace of these steps prints."""
+  experiment = dataclasses.replace(experiment, profile=schema.Profile(steps=steps))
+  config = workdir.parent / "config.json"
+  config.write_text(json.dumps(config_io.to_dict(experiment)))
+  done = subprocess.run(
+      [sys.executable, "-m", "chinchilla_jax", "train", f"--config={config}",
+       f"--workdir={workdir}"], capture_output=True, text=True, timeout=240,
+      env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"})
+  assert done.returncode == 0, done.stderr
+  return done.stdout
 
 
 def spans(folder, name) -> int:
@@ -29,39 +45,31 @@ def spans(folder, name) -> int:
   return count
 
 
-def test_a_run_traces_its_steps_and_computes_the_same(tiny, tiny_run, tmp_path, capsys):
-  loop.train(with_steps(tiny, "3-4"), tmp_path / "run")
-  assert "trace of steps 3 to 4 in" in capsys.readouterr().out
+def test_a_run_traces_its_steps_and_computes_the_same(tiny, tiny_run, tmp_path):
+  printed = train(tiny, "3-4", tmp_path / "run")
+  assert f"trace of steps 3 to 4 in {tmp_path / 'run/profile'}" in printed
   assert spans(tmp_path / "run/profile", "PjitFunction(voted)") == 2
   (xplane,) = (tmp_path / "run/profile").glob("plugins/profile/*/*.xplane.pb")
   planes = jax.profiler.ProfileData.from_file(str(xplane)).planes
   names = [event.name for plane in planes for line in plane.lines for event in line.events]
   assert any("PjitFunction(voted)" in name for name in names)
-  kept = lambda path: [(r["step"], r["loss"]) for r in loop.RunFolder(path).read_metrics()
+  kept = lambda path: [(r["step"], r["loss"]) for r in RunFolder(path).read_metrics()
                        if r["kind"] == "train"]
   assert kept(tmp_path / "run") == kept(tiny_run[1])
 
 
-def test_a_trace_that_cannot_be_written_stops_no_run(tiny_store, tmp_path, capsys):
-  experiment = with_steps(tiny_experiment(tiny_store), "1-2")
-  folder = loop.RunFolder(tmp_path / "run")
+def test_the_end_of_the_run_ends_the_trace(tiny, tmp_path):
+  short = dataclasses.replace(tiny, run_length="3 steps")
+  assert "trace of steps 2 to 3 in" in train(short, "2-9", tmp_path / "run")
+  assert spans(tmp_path / "run/profile", "PjitFunction(voted)") >= 2  # And the evaluation's.
+
+
+def test_a_trace_that_cannot_be_written_stops_no_run(tiny, tmp_path):
+  folder = RunFolder(tmp_path / "run")
   folder.create()
   folder.profile.write_text("in the way")
-  outcome = loop.train(dataclasses.replace(experiment, run_length="3 steps"), tmp_path / "run")
-  assert outcome.step == 3 and "no trace: " in capsys.readouterr().out
-
-
-def test_a_stop_ends_the_trace(tmp_path):
-  said = []
-  profiler = profiling.Profiler(schema.Profile(steps="2-9"), tmp_path / "profile", said.append)
-  profiler.before(1, ())
-  assert not said
-  profiler.before(2, ())
-  jax.block_until_ready(jax.jit(lambda x: x + 1)(1.0))
-  profiler.close()
-  profiler.close()
-  assert said == [f"trace of steps 2 to 9 in {tmp_path / 'profile'}"]
-  assert spans(tmp_path / "profile", "PjitFunction") >= 1
+  printed = train(dataclasses.replace(tiny, run_length="3 steps"), "1-2", tmp_path / "run")
+  assert "no trace: " in printed and "trained to step 3" in printed
 
 
 @pytest.mark.parametrize("text", ["0", "0-3", "5-4", "a", "3-", "-3", "1-2-3", "3 - 4"])
