@@ -15,6 +15,9 @@ from tiny import ROOT, tiny_experiment  # noqa: E402
 
 from chinchilla_jax import config as schema  # noqa: E402
 
+# JAX sets it for itself; the commands that tests start are to begin as a user's do.
+os.environ.pop("TF_CPP_MIN_LOG_LEVEL", None)
+
 # Shapes that broadcast by accident are bugs.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

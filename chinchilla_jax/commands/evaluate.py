@@ -23,14 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+  from chinchilla_jax.storage import compiled
+  compiled.keep()
   from chinchilla_jax.data import tokens
   from chinchilla_jax.evaluation import held_out
-  from chinchilla_jax.storage import compiled
   from chinchilla_jax.training import quiet, trained
   from chinchilla_jax.training.run_folder import RunFolder
 
   quiet.libraries()
-  compiled.keep()
   # Looked at before a model is loaded, which may take minutes.
   other = None if args.store is None else tokens.open_store(args.store)
   model = trained.load(args.workdir, args.step)

@@ -47,13 +47,16 @@ def over_rows(spec: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike
   A matrix unit sums along rows of one operand and columns of the other, so one has to be turned.
   XLA's CPU backend (JAX 0.12) turns whichever stands first, at the same time as it recomputes
   it, and in bfloat16 multiplies the turned matrices in float32. There the smaller operand is
-  turned here; docs/performance.md has the times. Other backends choose for themselves.
+  turned here; docs/performance.md has the times. Other backends choose for themselves, and so does
+  this one with several devices: it would gather halves of what lies cut among them.
 
   Args:
     spec: "A,B->OUT".
     a, b: of one dtype.
   """
   plain = functools.partial(jnp.einsum, spec, preferred_element_type=dtype)
+  if jax.device_count() > 1:
+    return plain(a, b)
   return jax.lax.platform_dependent(a, b, cpu=functools.partial(_turned, spec, dtype),
                                     default=plain)
 

@@ -11,6 +11,7 @@ deleted whenever no run starts.
 """
 
 import hashlib
+import importlib.metadata
 import os
 import pathlib
 import platform
@@ -24,7 +25,7 @@ _WORTH = 0.1           # Seconds of compiling from which a program is kept.
 
 
 def keep() -> None:
-  """Makes JAX keep what it compiles from now on; call it before the first compilation.
+  """Makes JAX keep what it compiles from now on; call it before JAX is imported.
 
   Where the default folder cannot be written, nothing is kept, and nothing is said.
 
@@ -47,6 +48,10 @@ def keep() -> None:
                       "say off") from error
     return
   _sweep(folder)
+  if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 12):
+    # Of every program that is found, XLA's CPU backend says at length that it is of a processor
+    # with "prefer-no-gather", which is no instruction.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   import jax
   jax.config.update("jax_compilation_cache_dir", str(folder))
   jax.config.update("jax_compilation_cache_max_size", LIMIT)

@@ -13,9 +13,9 @@ from chinchilla_jax.storage import compiled
 
 # Compiles one program that takes longer than what is worth keeping, and says how it got it.
 PROGRAM = """
-import jax, jax.numpy as jnp
 from chinchilla_jax.storage import compiled
 compiled.keep()
+import jax, jax.numpy as jnp
 seen = []
 jax.monitoring.register_event_listener(lambda name, **_: seen.append(name))
 def f(x):
