@@ -67,16 +67,22 @@ def test_lbfgs_of_another_library_finds_nothing_better(noisy):
 
 
 def test_the_mean_instead_of_the_sum_stops_early(noisy):
-  """What happened to the published fit: the same optimiser, its tolerances, and the mean."""
+  """What happened to the published fit: the same optimiser, its tolerances, and the mean.
+
+  Where one run stops depends on the processor's last bits, so there are nine. Some of the sum's
+  arrive; none of the mean's does.
+  """
   n, d, loss, found = noisy
-  start = (5, 5, 0, 0.5, 0.5)
-  run = lambda divide: optimize.minimize(
+  starts = [(a, b, 0, 0.5, 0.5) for a in (0, 5, 10) for b in (0, 5, 10)]
+  run = lambda divide: [optimize.minimize(
       lambda theta: objective(theta, n, d, loss) / divide, start, method="L-BFGS-B")
-  mean, total = run(len(n)), run(1)
-  assert total.fun < 1.05 * found.objective
-  assert mean.success and mean.fun * len(n) > 1.2 * found.objective
-  # It says that it is done, and has hardly moved a and b from where they began.
-  assert mean.x[:2] == pytest.approx([5, 5], abs=0.05)
+                        for start in starts]
+  means, sums = run(len(n)), run(1)
+  assert min(total.fun for total in sums) < 1.05 * found.objective
+  assert min(mean.fun for mean in means) * len(n) > 1.2 * found.objective
+  # From the middle, it says that it is done, and has hardly moved a and b.
+  middle = means[4]
+  assert middle.success and middle.x[:2] == pytest.approx([5, 5], abs=0.05)
 
 
 @pytest.mark.parametrize("law", [planted.BESIROGLU, laws.PUBLISHED["approach_3_tex"],
