@@ -21,17 +21,21 @@ from chinchilla_jax.model import attention
 from chinchilla_jax.parallel import hlo, topology
 from chinchilla_jax.training import ahead
 
-HEADS, KV_SIZE, BLOCK = 16, 128, 128
+HEADS, KV_SIZE = 16, 128
 MIB = 2**20
 
 
 def blockwise(q, k, v, r, u, v_bias):
-  """The model's own attention, in blocks of 128 rows."""
+  """The model's own attention: in blocks of 128 rows, beyond 2,048 tokens in one.
+
+  Many blocks of many keys take the compiler longer than anybody waits.
+  """
   t, divisor = q.shape[2], KV_SIZE**0.5
+  block = 128 if t <= 2048 else t
   attend = jax.checkpoint(functools.partial(attention._attend, divisor))
   blocks = []
-  for start in range(0, t, BLOCK):
-    stop = min(start + BLOCK, t)
+  for start in range(0, t, block):
+    stop = min(start + block, t)
     mask = jnp.arange(start, stop)[None, :, None] >= jnp.arange(stop)[None, None]
     blocks.append(attend(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], mask,
                          (r[:, t - stop:], u, v_bias)))
@@ -63,6 +67,7 @@ def measure(attend, length: int, device) -> tuple[float, float]:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--topology", default="v5p:2x2x1")
+  parser.add_argument("--only", choices=["blockwise", "kernel"])
   parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768])
   args = parser.parse_args()
   if importlib.util.find_spec("libtpu") is None:
@@ -76,6 +81,8 @@ def main() -> None:
     scores = HEADS * length * length * 4 / MIB
     for name, attend in (("blockwise", blockwise),
                          ("kernel", functools.partial(kernel, not args.topology.startswith("v4")))):
+      if args.only not in (None, name):
+        continue
       try:
         temporaries, traffic = measure(attend, length, device)
         print(f"{length:6} {name:10} temporaries {temporaries:10,.0f} MiB   traffic "
