@@ -13,8 +13,8 @@ from tiny import ROOT, with_fields
 SOAK = runpy.run_path(str(ROOT / "benchmarks/soak.py"))
 
 
-def test_forty_saves_pile_nothing_up(tiny, tmp_path):
-  experiment = with_fields(tiny, run_length="120 steps", checkpoint__every="3 steps",
+def test_eighty_saves_pile_nothing_up(tiny, tmp_path):
+  experiment = with_fields(tiny, run_length="240 steps", checkpoint__every="3 steps",
                            evaluation__every="60 steps", logging__tensorboard=True)
   process = launch.start(experiment, tmp_path / "run")
   samples = SOAK["watch"](process, every=0.2)
@@ -27,7 +27,7 @@ def test_forty_saves_pile_nothing_up(tiny, tmp_path):
   slope, _ = np.polyfit(seconds, resident / 2**20, 1)
   assert slope * (seconds[-1] - seconds[0]) < 30  # MiB; a copy of anything at every save is more.
   assert [r["step"] for r in launch.records(tmp_path / "run") if r["kind"] == "train"] == list(
-      range(1, 121))
+      range(1, 241))
 
 
 @pytest.mark.long
