@@ -59,15 +59,15 @@ def keep() -> None:
 
 
 def default_folder() -> pathlib.Path:
-  """chinchilla_jax in the user's cache folder.
+  """chinchilla_jax/compiled in the user's cache folder.
 
   Raises:
     RuntimeError: the user has no home.
   """
   if base := os.environ.get("XDG_CACHE_HOME"):
-    return pathlib.Path(base) / "chinchilla_jax"
+    return pathlib.Path(base) / "chinchilla_jax/compiled"
   caches = "Library/Caches" if sys.platform == "darwin" else ".cache"
-  return pathlib.Path.home() / caches / "chinchilla_jax"
+  return pathlib.Path.home() / caches / "chinchilla_jax/compiled"
 
 
 def _sweep(folder: pathlib.Path) -> None:

@@ -121,7 +121,10 @@ def test_gradients(position, qk_norm, t, block):
       return np.sum(naive(all_["params"], all_["x"], segments_bt, config) * cotangent)
 
     slope = (naive_loss(1e-5) - naive_loss(-1e-5)) / 2e-5
-    scale = np.linalg.norm(grad) * np.linalg.norm(direction) + 1e-2
+    # Of one token, what goes into the softmax has no gradient: what is left is float32's rounding
+    # (6.5e-6 was seen), of which the gradient's own norm says nothing.
+    least = 0.1 if t == 1 else 1e-2
+    scale = np.linalg.norm(grad) * np.linalg.norm(direction) + least
     assert abs(np.sum(grad * direction) - slope) < 1e-4 * scale
 
 

@@ -71,7 +71,7 @@ def test_off_and_jax_own_setting_keep_nothing_here(tmp_path):
 
 def test_by_default_they_lie_in_the_users_cache_folder(tmp_path):
   run(CHINCHILLA_COMPILED="", XDG_CACHE_HOME=str(tmp_path))
-  assert entries(tmp_path / "chinchilla_jax")
+  assert entries(tmp_path / "chinchilla_jax/compiled")
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
