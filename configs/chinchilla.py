@@ -22,7 +22,7 @@ def get_config(name="70b"):
     config.batch.sequences = 768
     config.batch.ramp = (("50%", 1536),)
     config.optimizer.peak_lr = 1e-4
-    # For 1,024 v4 chips (docs/performance.md); `chinchilla compile --search` finds others'.
+    # For 1,024 v4 chips (docs/performance.md); `chinchilla compile --search` finds those of others.
     config.mesh.strategy = "fsdp_tensor"
     config.mesh.tensor = 4
   else:
