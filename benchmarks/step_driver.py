@@ -130,8 +130,7 @@ def main() -> None:
   parser.add_argument("--serve", action="store_true")
   args = parser.parse_args()
   from chinchilla_jax.training import heap
-  heap.huge_pages()  # Both as `chinchilla train` does.
-  heap.few_arenas()
+  heap.few_arenas()  # As `chinchilla train` does.
   if args.cache:
     from chinchilla_jax.storage import compiled
     compiled.keep()

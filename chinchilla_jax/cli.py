@@ -37,10 +37,7 @@ configuration:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs one command and returns its exit status; that of the command line by default."""
-  if argv is None and sys.argv[1:2] == ["train"]:
-    from chinchilla_jax.training import heap
-    heap.huge_pages()  # May start this process anew.
+  """Runs one command and returns its exit status."""
   argv = list(sys.argv[1:] if argv is None else argv)
   if not argv or argv[0] in ("-h", "--help", "help"):
     print(_help())

@@ -1,13 +1,9 @@
-"""What the C library does with memory: flat for weeks of saves, and at hand for the next step."""
+"""What keeps the memory of a process flat that lives for weeks and saves all the time."""
 
 import ctypes
-import os
-import pathlib
-import platform
 import sys
 
 _M_ARENA_MAX = -8  # malloc.h of the GNU C library
-_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def few_arenas(count: int = 2) -> None:
@@ -24,29 +20,6 @@ def few_arenas(count: int = 2) -> None:
     ctypes.CDLL(None).mallopt(_M_ARENA_MAX, count)
   except (OSError, AttributeError):
     pass
-
-
-def huge_pages() -> None:
-  """Starts this command anew with huge pages for large pieces of memory, where that helps.
-
-  XLA's CPU backend asks for all of a step's temporaries at its start and frees them at its end;
-  the C library maps such a piece anew each time, and the kernel clears every page of it, a tenth
-  of a step (docs/performance.md). The GNU C library asks for huge pages only if its environment
-  says so when it starts. A setting that is there already is left alone.
-
-  Call it before anything else: the process keeps its number, and nothing of its memory.
-  """
-  told = os.environ.get("GLIBC_TUNABLES", "")
-  if "glibc.malloc.hugetlb" in told or not sys.platform.startswith("linux"):
-    return
-  try:
-    if platform.libc_ver()[0] != "glibc" or "[madvise]" not in _PAGES.read_text():
-      return
-    tunables = ":".join(filter(None, (told, "glibc.malloc.hugetlb=1")))
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]],
-              os.environ | {"GLIBC_TUNABLES": tunables})
-  except OSError:  # No such file, or no leave to start a program: then without.
-    return
 
 
 def no_counters() -> None:
