@@ -130,8 +130,7 @@ def parse(text: str) -> Module:
         entry = name
       instructions = {}
       computations[name] = Computation(name, instructions)
-    elif instructions and line != "}" and not line.startswith("}, "):
-      # A kernel's attributes may have line breaks in them.
+    elif instructions and line != "}" and not line.startswith("}, "):  # A kernel's attributes.
       begun = instructions[newest]
       instructions[newest] = begun._replace(attributes=begun.attributes + line)
     else:

@@ -387,8 +387,7 @@ def test_a_kernel_counts_as_it_says_it_does():
   call = ('%kernel = f32[8,16]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", '
           'backend_config={"custom_call_config":{"body":"AA==",COST"needs_layout_passes":true}}')
   told = '"cost_estimate":{"flops":"1000","transcendentals":"7","bytes_accessed":"5000"},'
-  text = lambda cost: f"""HloModule m, entry_computation_layout={{(f32[8,16])->f32[8,16]}}
-
+  text = lambda cost: f"""HloModule m
 ENTRY %main (x: f32[8,16]) -> f32[8,16] {{
   %x = f32[8,16]{{1,0}} parameter(0)
   ROOT {call.replace('COST', cost)}
@@ -396,7 +395,6 @@ ENTRY %main (x: f32[8,16]) -> f32[8,16] {{
 """
   found = hlo.analyse(text(told), {})
   assert (found.matmul_flops, found.hbm_bytes, found.opaque) == (1000, 5000, ())
-  small = hlo.analyse(text(told.replace("5000", "10")), {})
-  assert small.hbm_bytes == 2 * 8 * 16 * 4
+  assert hlo.analyse(text(told.replace("5000", "10")), {}).hbm_bytes == 2 * 8 * 16 * 4
   silent = hlo.analyse(text(""), {})
   assert silent.matmul_flops == 0 and silent.opaque == (("tpu_custom_call", 1),)
