@@ -145,7 +145,7 @@ def draw(found, compiled, path: pathlib.Path) -> None:
   axis = axes[1, 1]
   axis.plot(list(compiled), list(compiled.values()), marker="o")
   axis.set(xlabel="depth", ylabel="s of processor time", title="compile time by depth",
-           xscale="log", ylim=(0, None))
+           xscale="log", ylim=(0, 1.2 * max(compiled.values())))
   axis.set_xticks(list(compiled), map(str, compiled))
   axis.minorticks_off()
   axis = axes[1, 2]
@@ -156,6 +156,7 @@ def draw(found, compiled, path: pathlib.Path) -> None:
   axis.plot(ends, ends, "--", color="gray", label="equal")
   axis.set(xlabel="train state by inspect, MiB", ylabel="arguments of the compiled step, MiB",
            title="memory, predicted and compiled", xscale="log", yscale="log")
+  _log(axis, [20, 50, 100, 200, 400])
   axis.legend()
   figure.savefig(path, dpi=130)
 
