@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from chinchilla_jax.kernels import relative_tpu
-from chinchilla_jax.model import attention
+from chinchilla_jax.model import blockwise
+from chinchilla_jax.model.placement import WHOLE, Rows
 from chinchilla_jax.parallel import hlo, topology
 from chinchilla_jax.training import ahead
 
@@ -25,21 +26,15 @@ HEADS, KV_SIZE = 16, 128
 MIB = 2**20
 
 
-def blockwise(q, k, v, r, u, v_bias):
+def without(q, k, v, r, u, v_bias):
   """The model's own attention: in blocks of 128 rows, beyond 2,048 tokens in one.
 
   Many blocks of many keys take the compiler longer than anybody waits.
   """
-  t, divisor = q.shape[2], KV_SIZE**0.5
-  block = 128 if t <= 2048 else t
-  attend = jax.checkpoint(functools.partial(attention._attend, divisor))
-  blocks = []
-  for start in range(0, t, block):
-    stop = min(start + block, t)
-    mask = jnp.arange(start, stop)[None, :, None] >= jnp.arange(stop)[None, None]
-    blocks.append(attend(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], mask,
-                         (r[:, t - stop:], u, v_bias)))
-  return jnp.concatenate(blocks, axis=2)
+  t = q.shape[2]
+  rows = Rows.of(t, 1, 128 if t <= 2048 else t)
+  how = blockwise.How(KV_SIZE**0.5, rows, WHOLE, "mixed")
+  return blockwise.attend(how, q, k, v, (r, u, v_bias), None)
 
 
 def kernel(strided, q, k, v, r, u, v_bias):
@@ -79,7 +74,7 @@ def main() -> None:
         "sequence, forward and backward")
   for length in args.lengths:
     scores = HEADS * length * length * 4 / MIB
-    for name, attend in (("blockwise", blockwise),
+    for name, attend in (("blockwise", without),
                          ("kernel", functools.partial(kernel, not args.topology.startswith("v4")))):
       if args.only not in (None, name):
         continue

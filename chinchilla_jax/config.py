@@ -289,7 +289,7 @@ class Guard:
   """What a run does when its numbers go wrong, or nothing happens any more."""
 
   nonfinite_limit: int = setting(
-      20, "updates with a non-finite loss or gradient are skipped; stop after this many in a row",
+      20, "steps with a non-finite loss, gradient or update are skipped; stop after this many in a row",
       unit="steps", kind="guard", at_least=1)
   spikes: str = setting(
       "log", "when loss or update norm stands out: log, only say so; skip, leave that update out "

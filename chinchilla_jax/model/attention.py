@@ -1,16 +1,7 @@
 """Causal attention with relative (Transformer-XL) or rotary positions, and its KV cache.
 
-Scores are made for a block of query rows at a time and against no key after the block, so
-about half of the T x T pairs are never computed; the backward pass makes them again block by
-block, so no array of T x T scores is ever kept. Softmax is float32.
-
-Relative attention is Dai et al. 2019, section 3.3, per head and per layer:
-
-  score(i, j) = ((q_i + u) . k_j + (q_i + v) . W_r R_(i-j)) / sqrt(kv_size)
-
-with R_n the sinusoid of distance n (muP divides by another number: `parametrisation`).
-(q_i + v) . W_r R_n is made for all n with one product, and row i of it is then moved so that
-column j holds distance i - j: see `_shift`.
+Queries, keys and values are made here; how they are mixed is in `blockwise`, or in one of the
+`kernels`.
 """
 
 import functools
@@ -22,13 +13,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from chinchilla_jax import config as schema
-from chinchilla_jax.model import parametrisation
+from chinchilla_jax.model import blockwise, parametrisation
 from chinchilla_jax.model.layers import DENSE, RMSNorm, add, dense, weight, zeros
 from chinchilla_jax.model.placement import WHOLE, Placement, Rows
-from chinchilla_jax.model.products import product
 
 MIXED = "attention_mixed"  # what remat policies call the values mixed by attention
-_MASKED = -1e30  # finite, so that a gradient through it is 0 and not NaN
 
 
 class Layer(NamedTuple):
@@ -62,65 +51,6 @@ def rotate(x_hbtk: jax.Array, positions_t: jax.Array, base: float) -> jax.Array:
   first, second = jnp.split(x_hbtk.astype(jnp.float32), 2, axis=-1)
   rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
   return rotated.astype(x_hbtk.dtype)
-
-
-def _shift(scores_hbcn: jax.Array) -> jax.Array:
-  """Moves row i of a block's C rows left by C - i: (..., C, S + 1) to (..., C, S).
-
-  Going in, column m holds distance (block's last row) + 1 - m. Coming out, column j holds
-  distance i - j. What row i lost at its start appears at the end of row i - 1, where the key is
-  later than the query: the mask covers it. Reading the rows as one line and dropping its first
-  C numbers does just this, with one copy and no gather (Dai et al. 2019, appendix B).
-  """
-  *batch, c, n = scores_hbcn.shape
-  return scores_hbcn.reshape(*batch, c * n)[..., c:].reshape(*batch, c, n - 1)
-
-
-def _position_scores(q_hbck, r_hnk):
-  if r_hnk.ndim == 3:
-    return _shift(product("hbck,hnk->hbcn", q_hbck, r_hnk, jnp.float32))
-  h, b, _, k = q_hbck.shape
-  # `_shift` moves numbers from row to row: it must not cross from one device's rows to another's.
-  q_hbgck = q_hbck.reshape(h, b, r_hnk.shape[1], -1, k)
-  scores_hbgcs = _shift(product("hbgck,hgnk->hbgcn", q_hbgck, r_hnk, jnp.float32))
-  return scores_hbgcs.reshape(h, b, -1, scores_hbgcs.shape[-1])
-
-
-def scores(q_hbck: jax.Array, k_hbsk: jax.Array, relative) -> jax.Array:
-  """Float32 scores_hbcs before division and mask; arguments as those of `_attend`."""
-  q_content = q_hbck
-  if relative is not None:
-    r_hnk, u_hk, v_hk = relative
-    q_content = add(q_hbck, u_hk[:, None, None])
-  scores_hbcs = product("hbck,hbsk->hbcs", q_content, k_hbsk, jnp.float32)
-  if relative is not None:
-    q_position = add(q_hbck, v_hk[:, None, None])
-    scores_hbcs += _position_scores(q_position, r_hnk)
-  return scores_hbcs
-
-
-def _attend(divisor, q_hbck, k_hbsk, v_hbsk, mask_bcs, relative):
-  """Attention of one block of C query rows over S keys.
-
-  Args:
-    divisor: of the scores, a constant.
-    q_hbck, k_hbsk, v_hbsk: queries, keys, values in the activation dtype.
-    mask_bcs: who sees whom; a batch axis of 1 where every sequence has the same mask. Every
-      row sees something.
-    relative: (r_hnk, u_hk, v_hk), r for the S + 1 distances that `_shift` asks for; or None.
-      r_hgnk where the rows are cut among g devices: each has the distances of its own rows.
-
-  Returns:
-    Values mixed by the softmax, out_hbck.
-  """
-  scores_hbcs = scores(q_hbck, k_hbsk, relative)
-  scores_hbcs = jnp.where(mask_bcs[None], scores_hbcs / divisor, _MASKED)
-  top_hbc = jax.lax.stop_gradient(jnp.max(scores_hbcs, axis=-1, keepdims=True))
-  weights_hbcs = jnp.exp(scores_hbcs - top_hbc)
-  # Dividing the mixed values, not the weights, saves a pass over the scores in each direction.
-  total_hbc = jnp.sum(weights_hbcs, axis=-1, keepdims=True)
-  mixed_hbck = product("hbcs,hbsk->hbck", weights_hbcs.astype(v_hbsk.dtype), v_hbsk, jnp.float32)
-  return (mixed_hbck / total_hbc).astype(q_hbck.dtype)
 
 
 class Attention(nnx.Module):
@@ -165,35 +95,15 @@ class Attention(nnx.Module):
     if segments_bt is not None:
       segments_bt = rows.collect(placement.constrain(segments_bt, ("batch", "keys")), axis=1)
     r_hnk = self.relative_keys(t, x_btd.dtype)
+    relative = None if r_hnk is None else (r_hnk, *self._u_v())
     if placement.attend is not None:
-      relative = None if r_hnk is None else (r_hnk, *self._u_v())
       mixed_hbtk = placement.attend(q_hbtk, k_hbtk, v_hbtk, relative, segments_bt, self.divisor,
                                     MIXED)
     else:
-      mixed_hbtk = checkpoint_name(self._blockwise(q_hbtk, k_hbtk, v_hbtk, r_hnk, segments_bt,
-                                                   rows, placement), MIXED)
+      how = blockwise.How(self.divisor, rows, placement, MIXED)
+      mixed_hbtk = blockwise.attend(how, q_hbtk, k_hbtk, v_hbtk, relative, segments_bt)
     mixed_hbtk = placement.constrain(mixed_hbtk, ("heads", "batch", "length", None))
     return self._output(mixed_hbtk)
-
-  def _blockwise(self, q_hbtk, k_hbtk, v_hbtk, r_hnk, segments_bt, rows: Rows,
-                 placement: Placement):
-    """Attention in rounds of rows; keys, values and segments in the order of the text."""
-    t = q_hbtk.shape[2]
-    position_t = jnp.arange(t)
-    attend = jax.checkpoint(functools.partial(_attend, self.divisor))
-    turns = []
-    for turn in range(rows.rounds):
-      start = turn * rows.groups * rows.block
-      stop = min(start + rows.groups * rows.block, t)
-      mask = position_t[None, start:stop, None] >= position_t[None, None, :stop]
-      if segments_bt is not None:
-        mask &= segments_bt[:, start:stop, None] == segments_bt[:, None, :stop]
-      relative = None
-      if r_hnk is not None:
-        relative = (self._distances(r_hnk, rows, start, stop, placement), *self._u_v())
-      turns.append(attend(rows.take(q_hbtk, 2, turn), k_hbtk[:, :, :stop], v_hbtk[:, :, :stop],
-                          mask, relative))
-    return rows.join(turns, axis=2)
 
   def decode(self, x_btd: jax.Array, cache: Layer, position: jax.Array,
              context: int | None) -> tuple[jax.Array, Layer]:
@@ -230,8 +140,10 @@ class Attention(nnx.Module):
         first = s - position - stop  # of the rows: the distance from the block's end to key -1
         window_hnk = jax.lax.dynamic_slice_in_dim(r_hnk, first, s + 1, axis=1)
         relative = (window_hnk, *self._u_v())
-      blocks.append(_attend(self.divisor, q_hbtk[:, :, start:stop], cache.key_hbsk,
-                            cache.value_hbsk, mask_cs[None], relative))
+      out_hbck, _ = blockwise.attend_rows(
+          self.divisor, q_hbtk[:, :, start:stop], cache.key_hbsk, cache.value_hbsk, mask_cs[None],
+          relative)
+      blocks.append(out_hbck)
     return self._output(jnp.concatenate(blocks, axis=2)), cache
 
   def relative_keys(self, longest: int, dtype: jax.typing.DTypeLike) -> jax.Array | None:
@@ -259,22 +171,6 @@ class Attention(nnx.Module):
     if early:
       q_hbtk, k_hbtk = (checkpoint_name(x, DENSE) for x in (q_hbtk, k_hbtk))
     return q_hbtk, k_hbtk, v_hbtk
-
-  def _distances(self, r_hnk, rows: Rows, start: int, stop: int, placement: Placement):
-    """The relative keys that rows start ... stop - 1 need: see `_shift`.
-
-    Each device's rows g are a block of their own, whose last row is start + (g + 1) * block - 1;
-    the keys after it have negative distances, which are masked, so zeros do.
-    """
-    longest = r_hnk.shape[1] - 1
-    if rows.groups == 1:
-      return r_hnk[:, longest - stop:]
-    r_hnk = jnp.pad(r_hnk, ((0, 0), (0, (rows.groups - 1) * rows.block), (0, 0)))
-    first_g = longest - start - rows.block * (1 + jnp.arange(rows.groups))
-    first_g = placement.constrain(first_g, ("length",))
-    window = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=stop + 1, axis=1)
-    r_hgnk = jax.vmap(window, in_axes=(None, 0), out_axes=1)(r_hnk, first_g)
-    return placement.constrain(r_hgnk, ("heads", "length", None, None))
 
   def _u_v(self):
     return self.u[...], self.v[...]

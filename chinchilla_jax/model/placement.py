@@ -76,12 +76,15 @@ class Rows:
     """Position in the text of each token, in the order of the devices: int32 [length]."""
     return self._swap(np.arange(length, dtype=np.int32), 0, self.rounds, self.groups)
 
+  def span(self, turn: int, length: int) -> tuple[int, int]:
+    """(start, stop) of round `turn` in the order of the text."""
+    size = self.groups * self.block
+    return turn * size, min((turn + 1) * size, length)
+
   def take(self, x: jax.Array, axis: int, turn: int) -> jax.Array:
     """The rows of round `turn`, in the order of the text, of x in the order of the devices."""
     if self.groups == 1:
-      start = turn * self.block
-      stop = min(start + self.block, x.shape[axis])
-      return jax.lax.slice_in_dim(x, start, stop, axis=axis)
+      return jax.lax.slice_in_dim(x, *self.span(turn, x.shape[axis]), axis=axis)
     split = x.reshape(*x.shape[:axis], self.groups, self.rounds, self.block, *x.shape[axis + 1:])
     one = jax.lax.index_in_dim(split, turn, axis + 1, keepdims=False)
     return one.reshape(*x.shape[:axis], -1, *x.shape[axis + 1:])

@@ -54,11 +54,15 @@ def over_rows(spec: str, a: jax.Array, b: jax.Array, dtype: jax.typing.DTypeLike
     spec: "A,B->OUT".
     a, b: of one dtype.
   """
-  plain = functools.partial(jnp.einsum, spec, preferred_element_type=dtype)
+  return on_one_cpu(functools.partial(_turned, spec, dtype),
+                    functools.partial(jnp.einsum, spec, preferred_element_type=dtype), a, b)
+
+
+def on_one_cpu(here, elsewhere, *args: jax.Array) -> jax.Array:
+  """`here(*args)` in a program for a single CPU device, `elsewhere(*args)` in any other."""
   if jax.device_count() > 1:
-    return plain(a, b)
-  return jax.lax.platform_dependent(a, b, cpu=functools.partial(_turned, spec, dtype),
-                                    default=plain)
+    return elsewhere(*args)
+  return jax.lax.platform_dependent(*args, cpu=here, default=elsewhere)
 
 
 def _turned(spec: str, dtype: jax.typing.DTypeLike, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -70,7 +74,9 @@ def _turned(spec: str, dtype: jax.typing.DTypeLike, a: jax.Array, b: jax.Array) 
   summed = [i for i in a_axes if i not in out_axes]
   shared = [i for i in a_axes if i in b_axes and i in out_axes]
   order = "".join(shared + free(a_axes) + summed)
-  turned = _transpose(a, a_axes, order, free(a_axes)[-1])
+  # By sequences where there are several: then XLA makes one loop of all the pieces.
+  several = len(summed) > 1 and a.shape[a_axes.index(summed[0])] > 1
+  turned = _transpose(a, a_axes, order, *((summed[0], 8) if several else (free(a_axes)[-1], 2)))
   contract = ([order.index(i) for i in summed], [b_axes.index(i) for i in summed])
   batch = ([order.index(i) for i in shared], [b_axes.index(i) for i in shared])
   out = jax.lax.dot_general(turned, b, (contract, batch), preferred_element_type=dtype)
@@ -78,13 +84,13 @@ def _turned(spec: str, dtype: jax.typing.DTypeLike, a: jax.Array, b: jax.Array) 
   return out if made == out_axes else _transpose(out, made, out_axes, free(a_axes)[-1])
 
 
-def _transpose(x: jax.Array, axes: str, order: str, cut: str) -> jax.Array:
-  """x with its axes in another order, in two halves along `cut`.
+def _transpose(x: jax.Array, axes: str, order: str, cut: str, pieces: int = 2) -> jax.Array:
+  """x with its axes in another order, in pieces along `cut`.
 
   XLA makes a transpose part of the product before or after it, but it does not look for one in
-  two halves. Rows must not be cut: they may lie on many devices.
+  pieces. Its loop reads columns: of few rows at a time, a column stays in the cache.
   """
   at = axes.index(cut)
-  halves = jnp.array_split(x, min(2, x.shape[at]), axis=at)
-  return jnp.concatenate([jnp.transpose(half, [axes.index(i) for i in order])
-                          for half in halves], axis=order.index(cut))
+  parts = jnp.array_split(x, min(pieces, x.shape[at]), axis=at)
+  return jnp.concatenate([jnp.transpose(part, [axes.index(i) for i in order])
+                          for part in parts], axis=order.index(cut))

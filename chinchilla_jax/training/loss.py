@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from chinchilla_jax.model.placement import WHOLE, Placement
-from chinchilla_jax.model.products import over_rows
+from chinchilla_jax.model.products import on_one_cpu, over_rows
 
 _TOKENS = ("batch", None, "length", None)  # Logical axes of ibjt.
 
@@ -90,15 +90,42 @@ def _forward(embedding_vd, bias_v, part, z_loss, placement):
   logits = placement.constrain(logits, (*_TOKENS, "vocab"))
   logits += bias_v.astype(jnp.float32)[None, None, None, None]
   log_z = jax.nn.logsumexp(logits, axis=-1)
-  # A sum with one term, not a look-up: a vocabulary cut among devices then stays where it is.
-  target = jnp.sum(jnp.where(_is_target(targets, bias_v), logits, 0.0), axis=-1)
+  target = _at_target(logits, targets)
   nll = jnp.sum(weights * (log_z - target))
   objective = nll + z_loss * jnp.sum(weights * log_z**2) if z_loss else nll
   return (logits, log_z), objective, nll
 
 
-def _is_target(targets, bias_v):
-  return targets[..., None] == jnp.arange(bias_v.shape[0])[None, None, None, None]
+def _at_target(logits, targets):
+  """Of each token the logit of its target.
+
+  A sum with one term, not a look-up: a vocabulary cut among devices then stays where it is, and
+  matrix units have no look-up. On one CPU a look-up: it reads one logit a token, not all.
+  """
+  def sum_of_one(logits, targets):
+    return jnp.sum(jnp.where(_is_target(targets, logits.shape[-1]), logits, 0.0), axis=-1)
+
+  def look_up(logits, targets):
+    return jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="clip")[..., 0]
+
+  return on_one_cpu(look_up, sum_of_one, logits, targets)
+
+
+def _less_at_target(d_logits, targets, weights):
+  """d_logits less the weight of each token at its target; on one CPU in place."""
+  def everywhere(d_logits, targets, weights):
+    return d_logits - jnp.where(_is_target(targets, d_logits.shape[-1]), weights[..., None], 0.0)
+
+  def there(d_logits, targets, weights):
+    d_logits_nv = d_logits.reshape(-1, d_logits.shape[-1])
+    at = jnp.arange(d_logits_nv.shape[0]), targets.reshape(-1)
+    return d_logits_nv.at[at].add(-weights.reshape(-1)).reshape(d_logits.shape)
+
+  return on_one_cpu(there, everywhere, d_logits, targets, weights)
+
+
+def _is_target(targets, n_vocab: int):
+  return targets[..., None] == jnp.arange(n_vocab)[None, None, None, None]
 
 
 def _cross_entropy_fwd(x_btd, embedding_vd, bias_v, targets_bt, weights_bt, z_loss, chunk,
@@ -115,7 +142,7 @@ def _cross_entropy_fwd(x_btd, embedding_vd, bias_v, targets_bt, weights_bt, z_lo
     x, targets, weights = part
     scale = weights * (1 + 2 * z_loss * log_z) if z_loss else weights
     d_logits = jnp.exp(logits - log_z[..., None]) * scale[..., None]
-    d_logits -= jnp.where(_is_target(targets, bias_v), weights[..., None], 0.0)
+    d_logits = _less_at_target(d_logits, targets, weights)
     d_bias += jnp.sum(d_logits, axis=(1, 3))
     d_logits = d_logits.astype(x.dtype)
     d_x = jnp.einsum("ibjtv,vd->ibjtd", d_logits, embedding)

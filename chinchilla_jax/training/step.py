@@ -88,7 +88,7 @@ def make_train_step(experiment: schema.Experiment, optimizer: AdamW, layout: Lay
 
   With a layout, state and batch lie on its mesh: jit it with the shardings of `Layout.state`.
 
-  A non-finite loss or gradient leaves parameters and optimizer as they were; the guard
+  A non-finite loss, gradient or update leaves parameters and optimizer as they were; the guard
   counts it. So does a spike where `guard.spikes` is skip, under its own count; the learning rate
   goes on. Else a spike's update is applied: what follows from it is the host's business.
   """
@@ -101,7 +101,8 @@ def make_train_step(experiment: schema.Experiment, optimizer: AdamW, layout: Lay
         grads, state["optimizer"], state["params"], state["step"], key,
         parametrisation.groups(experiment.model))
     mean = nll / jnp.maximum(weight, 1.0)
-    finite = jnp.isfinite(nll) & jnp.isfinite(norms["grad_norm"])
+    # The old state is read by these norms and replaced after them, so XLA needs no copy of it.
+    finite = jnp.all(jnp.isfinite(jnp.stack([nll, *norms.values()])))
     guard = state["guard"]
     stats, is_spike = spikes.judge(
         experiment.guard, guard, jnp.where(finite, mean, jnp.nan), norms["update_norm"],

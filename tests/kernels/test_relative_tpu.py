@@ -1,4 +1,4 @@
-"""The relative kernel against `model.attention`, without a TPU; and does it compile for one?"""
+"""The relative kernel against `model.blockwise`, without a TPU; and does it compile for one?"""
 
 import functools
 import importlib.util
@@ -12,7 +12,7 @@ import pytest
 from chinchilla_jax.errors import UserError
 from chinchilla_jax.kernels import relative_tpu_blocks as blocks
 from chinchilla_jax.kernels.relative_tpu import STRIDED, relative_attention
-from chinchilla_jax.model import attention
+from chinchilla_jax.model import blockwise
 from chinchilla_jax.parallel import topology
 from chinchilla_jax.training import ahead
 
@@ -40,7 +40,7 @@ def reference(segments_bt, q, k, v, r, u, v_bias):
   seen_tt = jnp.tri(q.shape[2], dtype=bool)[None]
   if segments_bt is not None:
     seen_tt &= segments_bt[:, :, None] == segments_bt[:, None]
-  return attention._attend(math.sqrt(q.shape[-1]), q, k, v, seen_tt, (r, u, v_bias))
+  return blockwise.attend_rows(math.sqrt(q.shape[-1]), q, k, v, seen_tt, (r, u, v_bias))[0]
 
 
 def everything(f, arrays, segments_bt, grad):

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from chinchilla_jax import config as schema
-from chinchilla_jax.model import attention
+from chinchilla_jax.model import attention, blockwise
 from chinchilla_jax.model.attention import Attention
 from chinchilla_jax.model.products import product
 
@@ -131,7 +131,7 @@ def test_gradients(position, qk_norm, t, block):
 def test_shift_puts_each_distance_in_its_column():
   c, s = 3, 7  # rows 4, 5, 6 of a sequence of 7: distances 7 ... 0 in columns 0 ... 7
   distances = jnp.broadcast_to(jnp.arange(s, -1, -1)[None, None, None], (1, 1, c, s + 1))
-  shifted = attention._shift(distances)[0, 0]
+  shifted = blockwise.shift(distances)[0, 0]
   for i in range(c):
     for j in range(s - c + i + 1):
       assert shifted[i, j] == s - c + i - j

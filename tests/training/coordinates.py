@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from tiny import tiny_experiment, with_fields
 
-from chinchilla_jax.model import attention, transformer
+from chinchilla_jax.model import blockwise, transformer
 from chinchilla_jax.training import optimizer, step
 from chinchilla_jax.training import state as state_lib
 
@@ -55,7 +55,7 @@ def activations(model, params, tokens_bt) -> dict[str, jax.Array]:
     relative = None
     if model.position == "relative":
       relative = (heads.relative_keys(T, x_btd.dtype), *heads._u_v())
-    scores_hbts = attention.scores(q_hbtk, k_hbtk, relative) / heads.divisor
+    scores_hbts = blockwise.scores(q_hbtk, k_hbtk, relative) / heads.divisor
     x_btd = block(x_btd, None)
     return x_btd, (x_btd, scores_hbts * causal)
 

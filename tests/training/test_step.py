@@ -155,6 +155,16 @@ def test_a_non_finite_loss_changes_nothing_but_the_count(bad):
   assert after["optimizer"]["count"] == 1
 
 
+def test_a_non_finite_update_changes_nothing_but_the_count():
+  experiment = tiny_experiment()
+  state, train_step = start(experiment, lr=np.inf)
+  after, metrics = train_step(state, batch_of(experiment))
+  assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
+  assert metrics["nonfinite_run"] == metrics["nonfinite_total"] == 1
+  for part in ("params", "optimizer"):
+    jax.tree.map(np.testing.assert_array_equal, state[part], after[part])
+
+
 def nonsense(batch):
   """Targets that nobody could expect."""
   return dict(batch, targets_bt=np.full_like(batch["targets_bt"], 300))
