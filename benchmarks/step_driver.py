@@ -47,8 +47,8 @@ def build(shape: dict[str, int], args: argparse.Namespace):
   from chinchilla_jax.model import flops
   from chinchilla_jax.parallel import compiler_flags, mesh, topology
   from chinchilla_jax.parallel.layout import Layout
+  from chinchilla_jax.training import early, step
   from chinchilla_jax.training import state as state_lib
-  from chinchilla_jax.training import step
   from chinchilla_jax.training.optimizer import AdamW
 
   bf16 = args.dtype == "bf16"
@@ -67,11 +67,16 @@ def build(shape: dict[str, int], args: argparse.Namespace):
   adamw = AdamW(experiment.optimizer, experiment.precision, lambda step: jax.numpy.float32(3e-4))
   layout = Layout(experiment, mesh.make(experiment.mesh, jax.devices()[:1]))
   options = compiler_flags.of(layout.mesh)
-  state = jax.jit(lambda key: state_lib.init(experiment.model, adamw, key),
-                  compiler_options=options)(jax.random.key(0))
-  sizes = jax.tree_util.tree_leaves_with_path(state["params"])
+  wanted = layout.placed(state_lib.abstract(experiment.model, adamw))
+  shardings = layout.state(wanted)
   train_step = jax.jit(step.make_train_step(experiment, adamw, layout), donate_argnums=0,
-                       compiler_options=options)
+                       out_shardings=(shardings, layout.replicated), compiler_options=options)
+  arrays = layout.batch((shape["batch"], shape["seq"])) | {"segments_bt": None}
+  compiled = early.compiling(train_step, wanted, arrays)
+  state = jax.jit(lambda key: state_lib.init(experiment.model, adamw, key),
+                  out_shardings=shardings, compiler_options=options)(jax.random.key(0))
+  sizes = jax.tree_util.tree_leaves_with_path(state["params"])
+  compiled()
 
   rng = np.random.default_rng(0)
   rows = [rng.integers(1, shape["vocab"], (shape["batch"], shape["seq"] + 1), dtype=np.int32)
@@ -85,7 +90,7 @@ def build(shape: dict[str, int], args: argparse.Namespace):
     count += 1
     batch = {"inputs_bt": tokens[:, :-1], "targets_bt": tokens[:, 1:],
              "segments_bt": None, "weights_bt": ones}
-    state, metrics = train_step(state, batch)
+    state, metrics = train_step(state, jax.device_put(batch, layout.rows))
     jax.block_until_ready(state)
     return float(metrics["loss"])
 

@@ -25,6 +25,7 @@ from chinchilla_jax.storage import paths
 from chinchilla_jax.training import (
     checkpoint,
     description,
+    early,
     metrics,
     optimizer,
     profiling,
@@ -187,9 +188,16 @@ def leg(run: Run, begin: start.Start) -> Outcome:
   print_every = max(1, clock.steps(experiment.logging.console, "config.logging.console"))
 
   # ---------------------------------------------------------------- State
+  step, owed = begin.step, list(begin.owed)
+  compiled = lambda: None
+  # Of several processes each would do this in its own time, and their programs talk to each other.
+  if step < total_steps and processes.count() == 1:
+    wanted = layout.placed(state_lib.abstract(experiment.model, made.optimizer))
+    shape = clock.batches.sequences(step), experiment.data.seq_len
+    compiled = early.compiling(run.step, wanted, layout.batch(shape),
+                               processes.vote(layout.mesh, 0))
   with processes.together():
     state, note = start.state_of(made, folder, begin, layout)
-  step, owed = begin.step, list(begin.owed)
   notes = [note, *(f"  {line}" for line in begin.notes), *start.set_aside(folder, begin.aside)]
 
   with contextlib.ExitStack() as stack:
@@ -280,6 +288,7 @@ def leg(run: Run, begin: start.Start) -> Outcome:
       return {"kind": "sample", "prompt": prompt, "text": text}
 
     # -------------------------------------------------------------- Train
+    compiled()
     pay()  # What a stop or a crash came before.
     for _, batch in feed:
       if record.stop_signal:

@@ -1,0 +1,30 @@
+"""The training step is compiled while the train state is made and the run's logs are opened.
+
+Making a fresh state is a program of its own, and compiling it leaves a core idle, as tracing the
+step in Python does; a state from a checkpoint waits for the disk.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any
+
+
+def compiling(step: Any, *abstract: Any) -> Callable[[], None]:
+  """Begins to compile a jitted function in a thread; what is returned waits until it is done.
+
+  A call with arrays of these shapes, dtypes and shardings then finds the program (JAX 0.10 to
+  0.12 keep what `lower(...).compile()` makes by the same key). If it cannot be compiled, that call
+  compiles it again, and says why.
+
+  Args:
+    step: what `jax.jit` gave back.
+    abstract: its arguments, `jax.ShapeDtypeStruct`s or arrays.
+  """
+  def work() -> None:
+    with contextlib.suppress(Exception):
+      step.lower(*abstract).compile()
+
+  thread = threading.Thread(target=work, name="compile the step")
+  thread.start()
+  return thread.join
