@@ -28,11 +28,16 @@ from collections.abc import Mapping
 import numpy as np
 
 from chinchilla_jax.parallel import hlo_flops, hlo_kernels, hlo_slices, hlo_text, hlo_walk
-from chinchilla_jax.parallel.hlo_overlap import NO_OP_CALLS, Windows, chain_of, target
+from chinchilla_jax.parallel.hlo_overlap import (
+    KINDS,
+    NO_OP_CALLS,
+    Windows,
+    chain_of,
+    offloaded,
+    target,
+)
 from chinchilla_jax.parallel.hlo_text import Computation, Frame, Instruction, Module
 
-_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
-          "ragged-all-to-all", "collective-broadcast")
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while",
          "conditional", "call", "after-all", "partition-id", "replica-id",
          "optimization-barrier", "add-dependency", "domain"}
@@ -155,9 +160,12 @@ class _Reader:
         self.module.computations[name], frame, i, arguments, body)
     for i in computation.instructions.values():
       opcode = i.opcode.removesuffix("-start")
-      if not fused:
+      elsewhere = offloaded(i, self.module)
+      if not fused and not elsewhere:
         tally.hbm += times * self.hbm_bytes(i, computation)
-      if opcode == "while":
+      if elsewhere:
+        self.walk(call(elsewhere, i.operands), times, tally, fused, asynchronous=True)
+      elif opcode == "while":
         trips = hlo_text.trip_count(self.module, frame, i)
         tally.loops.append((i.name, trips))
         body = i.callee("body")
@@ -170,7 +178,7 @@ class _Reader:
         tally.add(max(tallies, key=lambda t: (t.flops, t.hbm)))
       elif opcode == "send":
         tally.collectives += self.transfer(i, frame, times)
-      elif opcode in _KINDS:
+      elif opcode in KINDS:
         if not self.carries_on(i, computation):
           tally.collectives.append(self.collective(i, frame, times, fused, asynchronous))
       elif opcode in ("call", "fusion", "async"):

@@ -12,6 +12,9 @@ does not if start and done stand side by side. Its forms:
   fusions of a chain       TPUs: a fusion with an AsyncCollectiveStart, fusions that compute and
                            carry the collective on, a fusion with an AsyncCollectiveDone
   send, send-done          between slices
+  custom-call-start, -done a collective that a SparseCore of v5p or v6e runs, in a computation that
+                           the start calls. Its program may be loaded ahead: then the start has no
+                           operands, and it begins at the custom-call-update that hands them over
 
 Whether the work takes as long as the collective is not asked: this is the share that can overlap
 at all.
@@ -24,6 +27,8 @@ from chinchilla_jax.parallel import hlo_walk
 from chinchilla_jax.parallel.hlo_text import Computation, Frame, Instruction, Module
 
 _PRODUCTS = {"dot", "scaled-dot", "convolution"}
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
+         "ragged-all-to-all", "collective-broadcast")
 # What hands a running collective on, on the way from its start to its done.
 _CARRIES = {"get-tuple-element", "tuple", "bitcast", "optimization-barrier"}
 # Custom calls that name a buffer or a view of one, and do nothing to it.
@@ -39,6 +44,13 @@ def target(i: Instruction) -> str:
 def chain_of(i: Instruction) -> tuple[str | None, str | None]:
   """What the parts of one collective in a chain of fusions share."""
   return i.setting("channel_id"), i.setting("chain_id")
+
+
+def offloaded(i: Instruction, module: Module) -> str | None:
+  """The computation with the collective that a `custom-call-start` runs on another core."""
+  name = i.callee("called_computations") if i.opcode == "custom-call-start" else None
+  inner = module.computations[name].instructions.values() if name else ()
+  return name if any(o.opcode in KINDS for o in inner) else None
 
 
 class Windows:
@@ -59,8 +71,8 @@ class Windows:
     """Whether matrix work stands between the start and the done of an asynchronous collective.
 
     Args:
-      i: its instruction: a start, a send, or a collective inside an async computation or a fusion
-        that begins a chain.
+      i: its instruction: a start, a send, or a collective inside an async computation, one of
+        another core, or a fusion that begins a chain.
       frame: where it stands.
     """
     if i.opcode.endswith("-start") or i.opcode == "send":
@@ -70,6 +82,12 @@ class Windows:
       if frame.call.opcode == "async-start":
         return self._between(frame.caller.computation, frame.call,
                              lambda done: done.opcode == "async-done")
+      if frame.call.opcode == "custom-call-start":
+        users = (u for u in frame.caller.computation.instructions.values()
+                 if u.opcode == "custom-call-update" and frame.call.name in u.operands)
+        start = frame.call if frame.call.operands else next(users, frame.call)
+        return self._between(frame.caller.computation, start,
+                             lambda done: done.opcode == "custom-call-done")
       if frame.call.opcode == "fusion" and callees:
         return self._between(frame.caller.computation, frame.call,
                              lambda done: done.callee("calls") in callees)
@@ -96,7 +114,7 @@ class Windows:
   def _is_work(self, i: Instruction) -> bool:
     if i.opcode in _PRODUCTS:
       return True
-    if i.opcode.startswith("custom-call"):
+    if i.opcode == "custom-call":  # With a start, an update or a done: of a core without products.
       return target(i) not in NO_OP_CALLS
     return any(map(self._works, _callees(i)))
 
