@@ -70,7 +70,8 @@ class Layout:
       task = choice.Task.of(experiment, mesh)
       self.attention = choice.choose(experiment.model.attention_kernel, task)
       attend = choice.attend(self.attention, mesh, task)
-    self.placement = Placement(self._constrain, self._shards, self._weights, attend)
+    self.placement = Placement(self._constrain, self._shards, self._weights, attend=attend,
+                               **({"first": _first} if mesh.size > 1 else {}))
 
   # ------------------------------------------------------------------ State
 
@@ -186,6 +187,16 @@ def _use(at_use: NamedSharding, gradient: NamedSharding, dtype: str) -> Callable
 
   place.defvjp(lambda w: (place(w), None), scatter)
   return place
+
+
+@jax.custom_vjp
+def _first(x: jax.Array, tree: Tree) -> tuple[jax.Array, Tree]:
+  """`Placement.first`: gradients behind one barrier, so that no scheduler puts the second off."""
+  return x, tree
+
+
+_first.defvjp(lambda x, tree: ((x, tree), None),
+              lambda _, grads: jax.lax.optimization_barrier(grads))
 
 
 def _paths(tree: Tree, is_leaf=None) -> list[tuple[str, Any]]:

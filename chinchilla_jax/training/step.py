@@ -29,7 +29,10 @@ def loss_sums(experiment: schema.Experiment, params: Any, batch: Batch,
            for name, a in batch.items()}
   x_btd = transformer.hidden(experiment.model, params, batch["inputs_bt"], batch["segments_bt"],
                              jnp.dtype(experiment.precision.activations), placement)
-  embedding = placement.weights("embedding", params["embedding"])
+  # The loss leaves a float32 gradient of the whole table on every device. Scattered at once, it
+  # does not lie beside the layers' backward pass.
+  x_btd, embedding = placement.first(x_btd, params["embedding"])
+  embedding = placement.weights("embedding", embedding)
   return loss.cross_entropy(
       x_btd, embedding["table"], embedding["logit_bias"], batch["targets_bt"],
       batch["weights_bt"], experiment.loss.z_loss, experiment.loss.chunk, placement)
