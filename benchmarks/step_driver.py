@@ -45,7 +45,7 @@ def build(shape: dict[str, int], args: argparse.Namespace):
 
   from chinchilla_jax import config as schema
   from chinchilla_jax.model import flops
-  from chinchilla_jax.parallel import compiler_flags, mesh, topology
+  from chinchilla_jax.parallel import mesh, topology
   from chinchilla_jax.parallel.layout import Layout
   from chinchilla_jax.training import early, step
   from chinchilla_jax.training import state as state_lib
@@ -66,15 +66,16 @@ def build(shape: dict[str, int], args: argparse.Namespace):
       loss=schema.Loss(chunk=args.chunk))
   adamw = AdamW(experiment.optimizer, experiment.precision, lambda step: jax.numpy.float32(3e-4))
   layout = Layout(experiment, mesh.make(experiment.mesh, jax.devices()[:1]))
-  options = compiler_flags.of(layout.mesh)
   wanted = layout.placed(state_lib.abstract(experiment.model, adamw))
   shardings = layout.state(wanted)
   train_step = jax.jit(step.make_train_step(experiment, adamw, layout), donate_argnums=0,
-                       out_shardings=(shardings, layout.replicated), compiler_options=options)
+                       out_shardings=(shardings, layout.replicated),
+                       compiler_options=layout.compiler_options)
   arrays = layout.batch((shape["batch"], shape["seq"])) | {"segments_bt": None}
   compiled = early.compiling(train_step, wanted, arrays)
-  state = jax.jit(lambda key: state_lib.init(experiment.model, adamw, key),
-                  out_shardings=shardings, compiler_options=options)(jax.random.key(0))
+  init = jax.jit(lambda key: state_lib.init(experiment.model, adamw, key),
+                 out_shardings=shardings, compiler_options=layout.compiler_options)
+  state = init(jax.random.key(0))
   sizes = jax.tree_util.tree_leaves_with_path(state["params"])
   compiled()
 

@@ -146,6 +146,9 @@ class Mesh:
   whole_below: int = setting(
       65_536, "weights with fewer elements (of one layer) are not cut over data: a gather costs "
       "more than it saves", unit="elements", kind="layout", at_least=0)
+  compiler_flags: bool = setting(
+      True, "the compiler's flags that were measured for these devices "
+      "(parallel/compiler_flags.py); false: its defaults", kind="layout")
   overrides: tuple[tuple[str, str], ...] = setting(
       (), "shardings by path in the train state, first match wins, such as "
       "(('params/embedding/table', 'tensor,-'),): one entry per axis of the array, '-' for "
@@ -289,7 +292,8 @@ class Guard:
   """What a run does when its numbers go wrong, or nothing happens any more."""
 
   nonfinite_limit: int = setting(
-      20, "steps with a non-finite loss, gradient or update are skipped; stop after this many in a row",
+      20, "steps with a non-finite loss, gradient or update are skipped; stop after this many in "
+      "a row",
       unit="steps", kind="guard", at_least=1)
   spikes: str = setting(
       "log", "when loss or update norm stands out: log, only say so; skip, leave that update out "

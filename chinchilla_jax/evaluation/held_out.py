@@ -18,7 +18,7 @@ import jax
 
 from chinchilla_jax import config as schema
 from chinchilla_jax.data import batches, tokens
-from chinchilla_jax.parallel import compiler_flags, processes
+from chinchilla_jax.parallel import processes
 from chinchilla_jax.parallel.layout import Layout
 from chinchilla_jax.training import step as step_lib
 
@@ -71,7 +71,7 @@ class HeldOut:
       return evaluate(params, batch, piece_bytes_v) | {"stop_signal": processes.counted(vote)}
 
     self._step = jax.jit(voted, out_shardings=layout.replicated,
-                         compiler_options=compiler_flags.of(layout.mesh))
+                         compiler_options=layout.compiler_options)
 
   def __call__(self, params: Any, beat: Callable[[], None] = lambda: None,
                ballot: Callable[[], int] = lambda: 0) -> Result:

@@ -2,11 +2,14 @@
 
 They go to the compiler as options of whatever takes long to compile (`compiler_options` of
 `jax.jit`): initialisation, training and evaluation step; in `chinchilla compile` and in training
-alike, so that what was looked at is what runs. None stands here because others use it: what changed
-nothing that could be measured is left to the compiler.
+alike, so that what was looked at is what runs. `mesh.compiler_flags=False` asks for none. No flag
+stands here because others use it: what changed nothing that could be measured is left to the
+compiler.
 """
 
 import dataclasses
+import functools
+import sys
 
 import jax
 
@@ -93,5 +96,33 @@ def options(device_kind: str) -> dict[str, bool | int | str] | None:
 
 
 def of(mesh: jax.sharding.Mesh) -> dict[str, bool | int | str] | None:
-  """`options` of the devices of a mesh."""
-  return options(mesh.devices.flat[0].device_kind)
+  """`options` of the devices of a mesh; of those, what the installed TPU compiler knows."""
+  mine = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+  device = (mine or mesh.devices.flat)[0]
+  chosen = options(device.device_kind)
+  return _known(device, tuple(chosen.items())) if chosen and device.platform == "tpu" else chosen
+
+
+@functools.cache
+def _known(device, chosen: tuple[tuple[str, bool | int | str], ...]):
+  """An older libtpu refuses a program for one name that it has not heard of."""
+  sharding = jax.sharding.SingleDeviceSharding(device)
+  nothing = jax.jit(lambda x: x).lower(jax.ShapeDtypeStruct((), "float32", sharding=sharding))
+
+  def refused(some) -> str:
+    try:
+      nothing.compile(dict(some))
+    except jax.errors.JaxRuntimeError as error:
+      return str(error)
+    return ""
+
+  if not refused(chosen):
+    return dict(chosen)
+  left = [flag for flag in chosen if "No such compile option" in refused([flag])]
+  kept = [flag for flag in chosen if flag not in left]
+  if why := refused(kept):  # One that is known may ask for one that is not.
+    print(f"the TPU compiler's flags are left out: {why}", file=sys.stderr)
+    return None
+  print(f"this TPU compiler does not know {', '.join(name for name, _ in left)}: left out; a newer "
+        "libtpu does", file=sys.stderr)
+  return dict(kept) or None

@@ -16,7 +16,7 @@ from chinchilla_jax.errors import UserError
 from chinchilla_jax.kernels import choice
 from chinchilla_jax.model import transformer
 from chinchilla_jax.model.placement import Placement
-from chinchilla_jax.parallel import rules
+from chinchilla_jax.parallel import compiler_flags, rules
 
 Tree = Any
 BATCH = ("inputs_bt", "targets_bt", "segments_bt", "weights_bt")
@@ -50,6 +50,7 @@ class Layout:
     replicated: the sharding of what every device holds.
     rows: the sharding of a batch's arrays: sequences cut over slice and data.
     attention: the kernel that attends (`kernels.choice`).
+    compiler_options: for `jax.jit` (`compiler_flags`).
 
   Raises:
     UserError: the config asks for a kernel that these devices cannot run.
@@ -65,11 +66,13 @@ class Layout:
     self.replicated = NamedSharding(mesh, PartitionSpec())
     self.rows = NamedSharding(mesh, rules.resolve((0, 1), ("batch", None), rules.ACTIVATIONS,
                                                   self._shape).spec)
-    self.attention, attend = "blockwise", None
+    self.attention, attend, self.compiler_options = "blockwise", None, None
     if isinstance(mesh, jax.sharding.Mesh):  # An abstract one does not say what its devices are.
       task = choice.Task.of(experiment, mesh)
       self.attention = choice.choose(experiment.model.attention_kernel, task)
       attend = choice.attend(self.attention, mesh, task)
+      if experiment.mesh.compiler_flags:
+        self.compiler_options = compiler_flags.of(mesh)
     self.placement = Placement(self._constrain, self._shards, self._weights, attend=attend,
                                **({"first": _first} if mesh.size > 1 else {}))
 

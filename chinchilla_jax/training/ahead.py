@@ -22,7 +22,6 @@ from chinchilla_jax import durations
 from chinchilla_jax.errors import UserError
 from chinchilla_jax.model import flops
 from chinchilla_jax.parallel import (
-    compiler_flags,
     hlo,
     hlo_checks,
     hlo_text,
@@ -143,7 +142,7 @@ def compile_step(experiment: schema.Experiment, found: Sequence[Any],
   lowered = train_step.lower(state, arrays)
   lower_s = time.perf_counter() - started
   try:
-    compiled = lowered.compile(compiler_flags.options(found[0].device_kind))
+    compiled = lowered.compile(layout.compiler_options)
   except jax.errors.JaxRuntimeError as error:
     raise _explained(error, found, levers(experiment, at_a_time)) from None
   compile_s = time.perf_counter() - started - lower_s

@@ -18,24 +18,24 @@ from chinchilla_jax.errors import UserError
 from chinchilla_jax.evaluation import held_out
 from chinchilla_jax.inference import generate
 from chinchilla_jax.model import shapes
-from chinchilla_jax.parallel import compiler_flags, processes
 from chinchilla_jax.parallel import mesh as mesh_lib
+from chinchilla_jax.parallel import processes
 from chinchilla_jax.parallel.layout import Layout, refuse
 from chinchilla_jax.storage import paths
 from chinchilla_jax.training import (
-    checkpoint,
-    description,
-    early,
-    metrics,
-    optimizer,
-    profiling,
-    recorder,
-    run_folder,
-    run_lock,
-    saving,
-    schedule,
-    start,
-    trained,
+  checkpoint,
+  description,
+  early,
+  metrics,
+  optimizer,
+  profiling,
+  recorder,
+  run_folder,
+  run_lock,
+  saving,
+  schedule,
+  start,
+  trained,
 )
 from chinchilla_jax.training import state as state_lib
 from chinchilla_jax.training import step as step_lib
@@ -385,4 +385,4 @@ def jit_step(made: Plan, layout: Layout) -> Callable[..., tuple[state_lib.State,
   wanted = state_lib.abstract(made.experiment.model, made.optimizer)
   return jax.jit(voted, donate_argnums=0,
                  out_shardings=(layout.state(wanted), layout.replicated),
-                 compiler_options=compiler_flags.of(layout.mesh))
+                 compiler_options=layout.compiler_options)

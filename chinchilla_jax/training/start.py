@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from chinchilla_jax.errors import UserError
-from chinchilla_jax.parallel import compiler_flags, processes
+from chinchilla_jax.parallel import processes
 from chinchilla_jax.parallel.layout import Layout
 from chinchilla_jax.storage.paths import Place, Remote
 from chinchilla_jax.training import checkpoint, durable, remote
@@ -169,7 +169,7 @@ def state_of(made: "Plan", folder: RunFolder, begin: Start,
     return state, f"resuming at step {begin.step:,} from {folder.checkpoints / str(begin.step)}"
   shardings = layout.state(wanted)
   init = jax.jit(lambda key: state_lib.init(experiment.model, made.optimizer, key),
-                 out_shardings=shardings, compiler_options=compiler_flags.of(layout.mesh))
+                 out_shardings=shardings, compiler_options=layout.compiler_options)
   state = init(jax.random.key(experiment.seed))
   if not experiment.checkpoint.init_from:
     return state, f"starting afresh from seed {experiment.seed}"
