@@ -105,7 +105,8 @@ def make_train_step(experiment: schema.Experiment, optimizer: AdamW, layout: Lay
         parametrisation.groups(experiment.model))
     mean = nll / jnp.maximum(weight, 1.0)
     # The old state is read by these norms and replaced after them, so XLA needs no copy of it.
-    finite = jnp.all(jnp.isfinite(jnp.stack([nll, *norms.values()])))
+    said = (nll, norms["grad_norm"], norms["update_norm"], norms["param_norm"])
+    finite = jnp.all(jnp.isfinite(jnp.stack(said)))
     guard = state["guard"]
     stats, is_spike = spikes.judge(
         experiment.guard, guard, jnp.where(finite, mean, jnp.nan), norms["update_norm"],
