@@ -110,8 +110,10 @@ def compiled(words: list[str], seconds: float | None):
   if done.returncode == 0:
     facts = json.loads(done.stdout)
     bound = facts["bounds"]
+    exposed = sum((1 - sent["overlap"]) * (sent["seconds"] or 0.0)
+                  for sent in facts["program"]["collectives"])
     return Outcome(True, took, facts["memory"]["peak"], bound["step_s"], bound["serial_s"],
-                   bound["mfu_ceiling"]["causal"], bound["mfu_serial"]["causal"])
+                   bound["mfu_ceiling"]["causal"], bound["mfu_serial"]["causal"], exposed)
   if done.returncode == 2 and "out of memory" in said:
     needs = re.search(r"(?:needs|peak) ([\d.]+) GiB of (?:the )?([\d.]+) GiB", said)
     return Outcome(False, took, float(needs[1]) * _GIB if needs else None,
@@ -126,7 +128,8 @@ def facts(found, experiment: schema.Experiment, where: Any, sequences: int,
   named = lambda c: {"layout": c.name, "flags": list(c.flags), "mesh": dict(c.axes),
                      "least_bytes": c.memory, "least_seconds": dict(c.seconds)}
   result = lambda o: {"fits": o.fits, "peak": o.peak, "step_s": o.step_s, "serial_s": o.serial_s,
-                      "mfu_ceiling": o.ceiling, "mfu_serial": o.serial, "compile_s": o.took}
+                      "exposed_s": o.exposed_s, "mfu_ceiling": o.ceiling,
+                      "mfu_serial": o.serial, "compile_s": o.took}
   return {"config": experiment.name, "topology": where.name, "sequences": sequences,
           "seconds": found.took, "best": command,
           "compiled": [named(c) | result(o) for c, o in (*found.ranked, *_unfit(found))],
@@ -144,12 +147,14 @@ def text(found, experiment: schema.Experiment, where: Any, sequences: int, minut
       f"{count} layouts, {len(found.compiled)} compiled in {found.took:.0f} s (time given: "
       f"{60 * minutes:.0f} s)", "",
       f"  {'layout (mb: microbatches; remat)':52} {'peak, GiB':>10} {'step, s':>8} {'least':>8} "
-      f"{'MFU, all':>9} {'nothing':>8} {'compiled':>9}",
-      f"  {'':52} {'':10} {'roofline':>8} {'analytic':>8} {'overlaps':>9} {'does':>8} {'in, s':>9}"]
+      f"{'sent, s':>8} {'MFU, all':>9} {'nothing':>8} {'compiled':>9}",
+      f"  {'':52} {'':10} {'roofline':>8} {'analytic':>8} {'exposed':>8} {'overlaps':>9} "
+      f"{'does':>8} {'in, s':>9}"]
   for c, o in (*found.ranked, *_unfit(found)):
     peak = "?" if o.peak is None else f"{o.peak / _GIB:.2f}"
-    rest = (f"{o.step_s:8.3f} {c.step_s:8.3f} {o.ceiling:9.1%} {o.serial:8.1%}" if o.fits else
-            f"{'no fit':>8} {c.step_s:8.3f} {'':9} {'':8}")
+    rest = (f"{o.step_s:8.3f} {c.step_s:8.3f} {o.exposed_s:8.3f} {o.ceiling:9.1%} {o.serial:8.1%}"
+            if o.fits else
+            f"{'no fit':>8} {c.step_s:8.3f} {'':8} {'':9} {'':8}")
     lines.append(f"  {c.name:52} {peak:>10} {rest} {o.took:9.0f}")
   lines += ["", *_not_tried(found)]
   if command:

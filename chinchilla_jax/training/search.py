@@ -43,6 +43,7 @@ _MOST_TENSOR = 64
 _WIDTH = {"bfloat16": 2, "float32": 4}
 _MARGIN = 1.25  # On the guess of what a step needs beside the state, as `scaling.meshes` has it.
 _USABLE = 0.92  # Of a device's memory, in the guess.
+_ALIKE = 1.01  # Roofline times so near to the least one are no reason to choose.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +91,7 @@ class Outcome:
     fits: within a device's memory.
     peak: bytes; None where the compiler gave no number.
     step_s, serial_s: roofline seconds if all overlaps, if nothing does; None if it does not fit.
+    exposed_s: seconds of the collectives that have no matrix product to hide behind.
     ceiling, serial: MFU of both, attention over visible pairs.
     took: seconds of compiling.
     note: why there is no number.
@@ -102,6 +104,7 @@ class Outcome:
   serial_s: float | None = None
   ceiling: float | None = None
   serial: float | None = None
+  exposed_s: float = 0.0
   note: str = ""
 
 
@@ -123,9 +126,16 @@ class Found:
 
   @property
   def ranked(self) -> list[tuple[Candidate, Outcome]]:
-    """Those that fit, the fastest first; of equals, the one that needs overlap least."""
-    return sorted(((c, o) for c, o in self.compiled if o.fits),
-                  key=lambda row: (row[1].step_s, row[1].serial_s))
+    """Those that fit, the fastest first.
+
+    Layouts with the same products differ in the fourth digit of their roofline time. So all within
+    1 % of the least count as equal; of these the first has least to send with nothing to hide it
+    behind, then least in all, then the smallest peak.
+    """
+    fit = [(c, o) for c, o in self.compiled if o.fits]
+    alike = _ALIKE * min((o.step_s for _, o in fit), default=0.0)
+    return sorted(fit, key=lambda row: (max(row[1].step_s, alike), row[1].exposed_s,
+                                        row[1].serial_s, row[1].peak))
 
   @property
   def nearest(self) -> tuple[Candidate, Outcome]:

@@ -188,6 +188,18 @@ def test_the_fastest_is_not_always_the_first():
   assert len(result.compiled) == 2  # 2.5 cannot beat 2.0.
 
 
+def test_what_decides_between_equals():
+  outcome = lambda step_s, **more: search.Outcome(True, 60.0, **(
+      dict(peak=2, step_s=step_s, serial_s=3.0, ceiling=0.5, serial=0.25, exposed_s=0.5) | more))
+  # By far not the fastest; nearly; the fastest; nearly, and better by something else.
+  rows = {"slow": outcome(1.02, exposed_s=0.0), "near": outcome(1.009),
+          "first": outcome(1.0, peak=3),
+          "exposed": outcome(1.005, exposed_s=0.4, serial_s=4.0),
+          "serial": outcome(1.005, serial_s=2.9, peak=4)}
+  found = search.Found(tuple((name, rows[name]) for name in rows), (), {}, 0.0)
+  assert [name for name, _ in found.ranked] == ["exposed", "serial", "near", "first", "slow"]
+
+
 def test_what_cannot_fit_is_left_out_and_what_does_not_is_no_answer():
   compiler = Compiler()
   result = searched([made(1.0, 17 * GIB), made(1.1, 12 * GIB), made(1.2, 8 * GIB)], compiler)
@@ -253,7 +265,8 @@ def compiler(monkeypatch):
   from chinchilla_jax.commands import compile_search
   asked = []
   fits = lambda words: SimpleNamespace(returncode=0, stderr="", stdout=json.dumps({
-      "memory": {"peak": 3 * GIB},
+      "memory": {"peak": 3 * GIB}, "program": {"collectives": [
+          {"overlap": 0.75, "seconds": 4e-9}, {"overlap": 0.0, "seconds": None}]},
       "bounds": {"step_s": 1e-9, "serial_s": 2e-9, "mfu_ceiling": {"causal": 0.5},
                  "mfu_serial": {"causal": 0.25}}}))
 
@@ -293,6 +306,7 @@ def test_the_command_as_json(compiler, capsys):
   facts = json.loads(captured.out)
   assert captured.err == ""
   assert len(facts["compiled"]) == len(asked) and facts["compiled"][0]["fits"]
+  assert facts["compiled"][0]["exposed_s"] == pytest.approx(1e-9)  # A quarter of 4e-9.
   assert facts["best"].split()[-6:] == facts["compiled"][0]["flags"]
   assert {row["reason"] for row in facts["skipped"]} <= {
       search.TOO_LARGE, search.TOO_SLOW, search.NO_TIME}
@@ -323,8 +337,9 @@ def test_another_failure_is_said_with_the_command(compiler, capsys):
 
 def test_a_later_failure_does_not_lose_what_was_found(compiler, capsys):
   answers = iter([SimpleNamespace(returncode=0, stderr="", stdout=json.dumps({
-      "memory": {"peak": GIB}, "bounds": {"step_s": 1.0, "serial_s": 2.0, "mfu_serial": {
-          "causal": 0.2}, "mfu_ceiling": {"causal": 0.4}}}))])
+      "memory": {"peak": GIB}, "program": {"collectives": []},
+      "bounds": {"step_s": 1.0, "serial_s": 2.0, "mfu_serial": {"causal": 0.2},
+                 "mfu_ceiling": {"causal": 0.4}}}))])
   compiler(lambda words: next(answers, SimpleNamespace(returncode=-9, stdout="", stderr="")))
   assert cli.main(WORDS) == 0
   captured = capsys.readouterr()
