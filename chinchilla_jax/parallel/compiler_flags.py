@@ -42,7 +42,7 @@ _V5P = ("four layers of the width of Chinchilla 70B, 768 x 2,048 tokens, v5p:8x8
 _V6E = ("with the others of this list on Chinchilla 70B, 768 x 2,048 tokens, v6e:16x16, "
         "fsdp_tensor with tensor 4, remat full, libtpu 0.0.52 (not each alone): 64.5 % of what is "
         "sent has products to hide behind, not 6 %; sent / least 1.05, not 1.08; temporaries 11.55 "
-        "GiB, not 12.55")
+        "GiB, not 12.32, one copy of a parameter, not two")
 
 # Name of a chip in `topology`, or "cpu" -> its flags.
 FLAGS: dict[str, tuple[Flag, ...]] = {
