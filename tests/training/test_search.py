@@ -83,6 +83,15 @@ def test_the_most_promising_comes_first():
   assert doubtful == sorted(doubtful) and set(doubtful) == {False, True}
 
 
+def test_the_70bs_own_layout_is_the_most_promising_on_the_papers_slice():
+  from chinchilla_jax import config_io
+  own, chip = config_io.load("configs/chinchilla.py:70b", []), topology.CHIPS["v4"]
+  slice_ = [Device(i, (i % 8, i // 8 % 8, i // 64)) for i in range(8 * 8 * 16)]
+  for sequences in (768, 1536):
+    first = search.candidates(own, slice_, sequences, chip)[0][0]
+    assert first.experiment == own and dict(first.axes)["data"] == 256
+
+
 # Bounds.
 
 def bounded(axes, **fields):
