@@ -37,8 +37,8 @@ _CONVENTIONS = (
     ("Training loss", "nats per token of each step's batch, before its update."),
     ("MFU", "of the bfloat16 peak of all devices; attention counted over all pairs (mfu), or over "
      "visible pairs (mfu_causal). Where the peak is not known there is none."),
-    ("Odd steps", "spikes as the run's guard judged them; steps whose loss or gradient was not "
-     "finite; updates that were left out for either."),
+    ("Odd steps", "spikes as the run's guard judged them; steps whose loss, gradient or update "
+     "was not finite; updates that were left out for either."),
 )
 
 

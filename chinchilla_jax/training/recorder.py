@@ -1,5 +1,6 @@
 """Turns what steps return into records, one step late (law 8: no host sync in the loop)."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,15 @@ from chinchilla_jax.data import address as addresses
 from chinchilla_jax.errors import UserError
 from chinchilla_jax.model import flops
 from chinchilla_jax.parallel import topology
+
+# What the guard looks at (`step.make_train_step`).
+_JUDGED = ("loss", "grad_norm", "update_norm", "param_norm")
+
+
+def _not_finite(values: dict[str, float]) -> str:
+  """Which of a step's values are not finite, by their names in the log."""
+  return ", ".join(
+      name for name in _JUDGED if not math.isfinite(values.get(name, 0.0))) or "values"
 
 
 class Recorder:
@@ -109,13 +119,13 @@ class Recorder:
 
   def _nonfinite(self, step: int, values: dict[str, float]) -> None:
     run, limit = int(values["nonfinite_run"]), self._experiment.guard.nonfinite_limit
-    self._trouble(step, "nonfinite", values,
-                  f"loss or gradient is not finite: update left out ({run} in a row)")
+    what = _not_finite(values)
+    self._trouble(step, "nonfinite", values, f"{what} not finite: update left out ({run} in a row)")
     if run >= limit:
       first = step - run + 1
       raise UserError(
-          f"loss or gradient was not finite in {run} steps in a row up to step {step}; the first "
-          f"was step {first}, {addresses.text(self._batch(first))}; lower "
+          f"loss, gradient or update not finite in {run} steps in a row up to step {step}; the "
+          f"first was step {first}, {addresses.text(self._batch(first))}; lower "
           "config.optimizer.peak_lr, or look at that batch")
 
   def _spike(self, step: int, values: dict[str, float]) -> None:
@@ -134,7 +144,7 @@ class Recorder:
       batch = self._batch(step)
       self._send(self._stamp({
           "kind": "trouble", "step": step, "what": what,
-          **{name: values[name] for name in ("loss", "grad_norm", "update_norm") if name in values},
+          **{name: values[name] for name in _JUDGED if name in values},
           "batch": batch, "text": f"{text}; {addresses.text(batch)}"}))
 
   def _batch(self, step: int) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def two(tmp_path):
       del line["tokens_per_second"]
     metrics.append(line)
     if step in (40, 41):
-      metrics.append(trouble_line(step, "nonfinite", "loss or gradient is not finite: update "
+      metrics.append(trouble_line(step, "nonfinite", "loss, grad_norm not finite: update "
                                   "left out (1 in a row); sequences 160 to 163"))
     if step % 25 == 0:
       metrics.append(eval_line(step, 5.0 - step / 50))

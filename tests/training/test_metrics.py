@@ -105,6 +105,19 @@ def test_the_guard_names_the_first_bad_batch(sink):
     record.pause()
 
 
+def test_the_guard_says_what_is_not_finite(sink):
+  record = recorder_of(sink)
+  norms = {"grad_norm": 1.0, "update_norm": float("inf"), "param_norm": 2.0}
+  for step, loss in ((1, 2.0), (2, float("nan"))):
+    record.step(step, VALUES | {k: jnp.float32(v) for k, v in (norms | {"loss": loss}).items()}
+                | {"nonfinite_run": jnp.int32(step)})
+  record.pause()
+  told = [line for line in sink if line["kind"] == "trouble"]
+  assert told[0]["text"].startswith("update_norm not finite: update left out (1 in a row)")
+  assert told[1]["text"].startswith("loss, update_norm not finite: update left out (2 in a row)")
+  assert told[0]["param_norm"] == 2.0
+
+
 def test_tensorboard_files_hold_the_scalars(tmp_path):
   writer = metrics.TensorBoard(tmp_path, 0)
   writer.write({"kind": "train", "step": 3, "loss": 1.5})
