@@ -10,34 +10,43 @@ deleted whenever no run starts.
   JAX_COMPILATION_CACHE_DIR    JAX's own setting; if it is there, JAX's settings hold
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import os
 import pathlib
 import platform
+import re
 import sys
+import warnings
+from collections.abc import Callable
 
 from chinchilla_jax.errors import UserError
 
 VARIABLE = "CHINCHILLA_COMPILED"
 LIMIT = 2 * 2**30      # Bytes.
 _WORTH = 0.1           # Seconds of compiling from which a program is kept.
+_OF_THE_DISK = ("OSError", "FileNotFoundError", "PermissionError", "Timeout", "NotImplementedError",
+                "BlockingIOError", "NotADirectoryError", "IsADirectoryError", "InterruptedError")
 
 
 def keep() -> None:
   """Makes JAX keep what it compiles from now on; call it before JAX is imported.
 
-  Where the default folder cannot be written, nothing is kept, and nothing is said.
+  Where the default folder cannot be written, nothing is kept, and nothing is said. What goes
+  wrong later is told in one line, once, and stops nothing.
 
   Raises:
     UserError: the folder that CHINCHILLA_COMPILED names cannot be written.
   """
-  named = os.environ.get(VARIABLE, "")
+  named = os.environ.get(VARIABLE, "").strip()
   if named.lower() == "off" or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     return
-  folder = pathlib.Path(named).expanduser() if named else default_folder()
-  folder /= _processor()
+  if "://" in named:
+    raise UserError(f"{VARIABLE}: {named} is no folder on a disk; name one, or say off")
+  folder = pathlib.Path(named)
   try:
+    folder = (folder.expanduser() if named else default_folder()) / _processor()
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
       raise PermissionError(13, "permission denied")
@@ -48,6 +57,7 @@ def keep() -> None:
                       "say off") from error
     return
   _sweep(folder)
+  warnings.showwarning = functools.partial(_told, folder, set(), warnings.showwarning)
   if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 12):
     # Of every program that is found, XLA's CPU backend says at length that it is of a processor
     # with "prefer-no-gather", which is no instruction.
@@ -70,18 +80,46 @@ def default_folder() -> pathlib.Path:
   return pathlib.Path.home() / caches / "chinchilla_jax/compiled"
 
 
-def _sweep(folder: pathlib.Path) -> None:
+def _told(folder: pathlib.Path, said: set[str], otherwise: Callable[..., None],
+          message: Warning | str, *rest, **more) -> None:
+  """Takes JAX's warnings about kept programs; all others go to `otherwise`.
+
+  JAX never replaces an entry that it cannot read, so every run would compile that program anew.
+  """
+  found = re.match(r"Error (reading|writing) persistent compilation cache entry for "
+                   r"'(.*?)': (\w+): (.*)", str(message), re.DOTALL)
+  if not found:
+    return otherwise(message, *rest, **more)
+  does, program, kind, why = found.groups()
+  damaged = does == "reading" and kind not in _OF_THE_DISK
+  if damaged:
+    _sweep(folder, program)
+  if does not in said:
+    said.add(does)
+    reason = (why.strip().splitlines() or [kind])[0]
+    print(f"note: the compiled {program} in {folder} is damaged ({reason}): compiled anew"
+          if damaged else
+          f"note: compiled programs cannot be {'read from' if does == 'reading' else 'kept in'} "
+          f"{folder} ({reason}): {VARIABLE} names another folder, or off",
+          file=sys.stderr, flush=True)
+
+
+def _sweep(folder: pathlib.Path, program: str = "") -> None:
   """Removes programs that a process was killed while writing: JAX would never replace them.
 
   It writes an entry and then, under the same lock, its time: what has no time is not whole.
+  Of `program`, of which one cannot be read, all go.
   """
   import filelock
   try:
     with filelock.FileLock(folder / ".lockfile", timeout=1):
       for entry in folder.glob("*-cache"):
-        if not entry.with_name(entry.name.removesuffix("-cache") + "-atime").exists():
+        of_it = bool(program) and entry.name.rpartition("-cache")[0].rpartition("-")[0] == program
+        its_time = entry.with_name(entry.name.removesuffix("-cache") + "-atime")
+        if of_it or not its_time.exists():
           entry.unlink()
-  except (OSError, filelock.Timeout):  # Another run starts here, and sweeps.
+          its_time.unlink(missing_ok=True)
+  except (OSError, NotImplementedError):  # Another run starts here, and sweeps; or no locks.
     pass
 
 

@@ -61,6 +61,41 @@ def test_what_a_killed_process_left_half_written_is_written_anew(tmp_path):
   assert hits == len(entries(tmp_path))
 
 
+def told(**environ) -> list[str]:
+  """What a process that compiles the program says on stderr."""
+  plain = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION")}
+  return subprocess.run(
+      [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True,
+      env={**plain, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **environ},
+  ).stderr.splitlines()
+
+
+def test_what_cannot_be_read_is_told_in_one_line_and_replaced(tmp_path):
+  run(CHINCHILLA_COMPILED=str(tmp_path))
+  for entry in entries(tmp_path):
+    entry.write_bytes(b"garbage")
+  (line,) = told(CHINCHILLA_COMPILED=str(tmp_path))
+  assert line.startswith("note: the compiled jit_") and "is damaged (" in line
+  assert run(CHINCHILLA_COMPILED=str(tmp_path))[0] == len(entries(tmp_path)) > 0
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path):
+  full = """
+import pathlib
+def full(path, data):
+  raise OSError(28, "No space left on device")
+"""
+  program = PROGRAM.replace("seen = []", f"{full}from jax._src import path as its_path\n"
+                            "its_path.Path.write_bytes = full\nseen = []")
+  plain = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION")}
+  done = subprocess.run(
+      [sys.executable, "-c", program], capture_output=True, text=True, check=True,
+      env={**plain, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
+           "CHINCHILLA_COMPILED": str(tmp_path)})
+  (line,) = done.stderr.splitlines()
+  assert "cannot be kept in" in line and "No space left" in line and "or off" in line
+
+
 def test_off_and_jax_own_setting_keep_nothing_here(tmp_path):
   run(CHINCHILLA_COMPILED="off", XDG_CACHE_HOME=str(tmp_path))
   assert not list(tmp_path.iterdir())
@@ -80,5 +115,22 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
   monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
   with pytest.raises(UserError, match="CHINCHILLA_COMPILED: .* cannot be written"):
     compiled.keep()
+  for value, why in (("~nobody-of-this-name/x", "home"), ("gs://bucket/x", "no folder on a disk")):
+    monkeypatch.setenv("CHINCHILLA_COMPILED", value)
+    with pytest.raises(UserError, match=f"CHINCHILLA_COMPILED: .*{why}"):
+      compiled.keep()
+  monkeypatch.setenv("CHINCHILLA_COMPILED", " OFF ")
+  monkeypatch.chdir(tmp_path)
+  compiled.keep()
+  assert os.listdir(tmp_path) == ["file"]
   # Nobody asked for the default one, so nobody is bothered with it.
   assert run(CHINCHILLA_COMPILED="", XDG_CACHE_HOME=str(tmp_path / "file"))[0] == 0
+
+
+def test_who_has_no_home_keeps_nothing(monkeypatch):
+  def homeless():
+    raise RuntimeError("Could not determine home directory.")
+  for name in ("CHINCHILLA_COMPILED", "JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME"):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setattr(compiled.pathlib.Path, "home", homeless)
+  compiled.keep()
