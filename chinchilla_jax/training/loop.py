@@ -93,7 +93,7 @@ def plan(experiment: schema.Experiment) -> Plan:
 
   Raises:
     UserError: the store is missing or damaged, the tokenizer has more pieces than the model,
-      the schedule does not fit into the run.
+      the schedule or the profile does not fit into the run.
   """
   data, model = experiment.data, experiment.model
   store = tokens.open_store(data.store, verify=data.verify)
@@ -107,6 +107,7 @@ def plan(experiment: schema.Experiment) -> Plan:
       experiment.run_length, experiment.batch.sequences, experiment.batch.ramp,
       seq_len=data.seq_len, n_params=shapes.count_parameters(model),
       epoch_tokens=sequences.n_windows * data.seq_len)
+  profiling.refuse(experiment.profile, clock.total_steps)
   rate = schedule.learning_rate(experiment.schedule, experiment.optimizer.peak_lr, clock)
   adamw = optimizer.AdamW(experiment.optimizer, experiment.precision, rate)
   return Plan(experiment, store, sequences, clock, adamw)

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from chinchilla_jax import config as schema
+from chinchilla_jax.errors import UserError
 from chinchilla_jax.storage import objects, paths
 from chinchilla_jax.storage.paths import Place, Remote
 
@@ -26,6 +27,17 @@ def steps(config: schema.Profile) -> tuple[int, int] | None:
     return None
   first, _, last = config.steps.partition("-")
   return int(first), int(last or first)
+
+
+def refuse(config: schema.Profile, total_steps: int) -> None:
+  """Refuses steps that the run does not have; a trace that begins in it ends with it at the latest.
+
+  Raises:
+    UserError: none of them is in the run.
+  """
+  if (wanted := steps(config)) and wanted[0] > total_steps:
+    raise UserError(f"config.profile.steps: got {config.steps}, but the run ends at step "
+                    f"{total_steps:,}; give steps up to it")
 
 
 class Profiler:
@@ -44,7 +56,12 @@ class Profiler:
 
   def before(self, step: int, ready: Any) -> None:
     """Starts the trace if it starts with this step; `ready` is what the step before made."""
-    if self._wanted is None or self._running or not self._wanted[0] <= step <= self._wanted[1]:
+    if self._wanted is None or self._running or step < self._wanted[0]:
+      return
+    if step > self._wanted[1]:  # Only where a run resumes behind them.
+      self._say(f"no trace: steps {self._wanted[0]:,} to {self._wanted[1]:,} of "
+                f"config.profile.steps were over before step {step:,}")
+      self._wanted = None
       return
     jax.block_until_ready(ready)
     try:

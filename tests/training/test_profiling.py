@@ -18,6 +18,7 @@ from tiny import ROOT
 from chinchilla_jax import config as schema
 from chinchilla_jax import config_io
 from chinchilla_jax.errors import UserError
+from chinchilla_jax.training import loop, profiling
 from chinchilla_jax.training.run_folder import RunFolder
 
 
@@ -76,3 +77,22 @@ def test_a_trace_that_cannot_be_written_stops_no_run(tiny, tmp_path):
 def test_steps_that_are_none(text):
   with pytest.raises(UserError, match="config.profile.steps"):
     config_io.load(None, [("profile.steps", text)])
+
+
+def test_steps_that_the_run_does_not_have(tiny):
+  late = lambda steps: dataclasses.replace(tiny, profile=schema.Profile(steps=steps))
+  assert loop.plan(late("12-99")).clock.total_steps == 12
+  with pytest.raises(UserError, match="config.profile.steps: got 13-99, but the run ends at step "
+                                      "12; give steps up to it"):
+    loop.plan(late("13-99"))
+
+
+def test_steps_before_a_resume_are_said_once(tmp_path):
+  said = []
+  profiler = profiling.Profiler(schema.Profile(steps="3-4"), tmp_path / "profile", said.append)
+  for step in (9, 10):
+    profiler.before(step, None)
+    assert not profiler.after(step, None)
+  profiler.close()
+  assert said == ["no trace: steps 3 to 4 of config.profile.steps were over before step 9"]
+  assert not (tmp_path / "profile").exists()
