@@ -11,6 +11,7 @@ from chinchilla_jax.errors import UserError
 
 TAKES_CONFIG = True
 _GIB = 2**30
+_WEEK = 7 * 24 * 60  # Minutes.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +39,9 @@ def run(args: argparse.Namespace) -> int:
   if args.search and (not args.topology or args.hlo is not None):
     raise UserError("--search: give --topology, and not --hlo; compile the best one alone for its "
                     "program")
-  if not args.search_minutes > 0:
-    raise UserError(f"--search-minutes: got {args.search_minutes:g}, allowed is more than 0")
+  if not 0 < args.search_minutes <= _WEEK:  # subprocess takes no endless time.
+    raise UserError(f"--search-minutes: got {args.search_minutes:g}, allowed is more than 0"
+                    f" and at most {_WEEK:,}, a week")
   if args.hlo is not None:  # Known now, not after minutes of compiling.
     folder = os.path.dirname(args.hlo) or os.curdir
     if os.path.isdir(args.hlo) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):

@@ -4,10 +4,15 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
-from tiny import tiny_experiment, with_fields
+from tiny import ROOT, tiny_experiment, with_fields
 
 from chinchilla_jax import cli
 from chinchilla_jax.parallel import roofline, topology
@@ -359,6 +364,9 @@ def test_a_later_failure_does_not_lose_what_was_found(compiler, capsys):
     (["--search"], "--search: give --topology"),
     (["--search", "--topology=v5e:2x4", "--hlo=x.txt"], "not --hlo"),
     (["--search", "--topology=v5e:2x4", "--search-minutes=0"], "allowed is more than 0"),
+    *((["--search", "--topology=v5e:2x4", f"--search-minutes={n}"], "more than 0 and at most")
+      for n in ("-3", "nan", "inf", "1e300")),
+    (["--search", "--topology=v5e:2x4", "--search-minutes=ten"], "--search-minutes"),
     (["--search", "--topology=v5e:2x4", "--config.batch.sequences=3"], "layouts is legal"),
 ])
 def test_bad_words_are_one_line(words, said, compiler, capsys):
@@ -366,3 +374,28 @@ def test_bad_words_are_one_line(words, said, compiler, capsys):
   assert cli.main(["compile", "--config=configs/smoke.py", *words]) == 2
   captured = capsys.readouterr()
   assert captured.out == "" and captured.err.count("\n") == 1 and said in captured.err
+
+
+def test_a_sigterm_ends_the_compiler_too(tmp_path):
+  """Else it would go on for minutes, with gigabytes, and nobody to take its answer."""
+  program = """
+import os, sys
+from chinchilla_jax.commands import compile_search
+with open("compiler", "w") as file:
+  file.write("#!/bin/sh\\necho $$ > pid.new; mv pid.new pid; exec sleep 600\\n")
+os.chmod("compiler", 0o755)
+sys.executable = os.path.abspath("compiler")
+compile_search.compiled([], None)
+"""
+  process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path,
+                             env=os.environ | {"PYTHONPATH": str(ROOT)})
+  try:
+    while not (tmp_path / "pid").exists():
+      assert process.poll() is None
+      time.sleep(0.01)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+  finally:
+    process.kill()
+  with pytest.raises(ProcessLookupError):
+    os.kill(int((tmp_path / "pid").read_text()), 0)
