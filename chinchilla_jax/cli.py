@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from chinchilla_jax import __version__
 from chinchilla_jax.errors import UserError
@@ -56,6 +57,31 @@ def main(argv: Sequence[str] | None = None) -> int:
   except BrokenPipeError:  # The reader (`| head`) has seen enough.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def leave() -> NoReturn:
+  """Ends the process with the status of `main`, at once.
+
+  A thread that compiles cannot be interrupted, and Python would wait for it, minutes perhaps, after
+  the one line has been said or Ctrl-C has been pressed twice.
+  """
+  try:
+    status = main()
+  except Exception:
+    if not _compiling():
+      raise
+    sys.excepthook(*sys.exc_info())
+    status = 1
+  if _compiling():
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+  sys.exit(status)
+
+
+def _compiling() -> bool:
+  early = sys.modules.get("chinchilla_jax.training.early")
+  return early is not None and early.at_it()
 
 
 def _help() -> str:

@@ -51,3 +51,30 @@ def test_config_flags():
   assert config == "a.py:70b"
   assert overrides == [("model.d_model", "3"), ("data.store", "a=b"), ("model.qk_norm", None)]
   assert rest == ["x", "--workdir", "w"]
+
+
+@pytest.mark.parametrize("ends, status, said", [
+    ("raise UserError('no')", 2, "chinchilla train: no\n"),
+    ("raise KeyboardInterrupt", 130, "\nchinchilla train: interrupted\n"),
+    ("raise ValueError('odd')", 1, "ValueError: odd\n"),
+])
+def test_nobody_waits_for_a_step_that_is_still_compiled(ends, status, said):
+  """From its end on, the process is gone; the thread that compiles cannot be interrupted."""
+  program = f"""
+import sys, time
+from chinchilla_jax import cli
+from chinchilla_jax.errors import UserError
+from chinchilla_jax.training import early
+class Slow:
+  def lower(self):
+    time.sleep(600)
+def run(name, argv):
+  early.compiling(Slow())
+  {ends}
+cli._run = run
+sys.argv = ["chinchilla", "train"]
+cli.leave()
+"""
+  done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                        timeout=300)
+  assert done.returncode == status and done.stderr.endswith(said)

@@ -9,6 +9,13 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+_NAME = "compile the step"
+
+
+def at_it() -> bool:
+  """Whether such a thread is still at work; after an error nobody waits for it."""
+  return any(thread.name == _NAME for thread in threading.enumerate())
+
 
 def compiling(step: Any, *abstract: Any) -> Callable[[], None]:
   """Begins to compile a jitted function in a thread; what is returned waits until it is done.
@@ -25,6 +32,6 @@ def compiling(step: Any, *abstract: Any) -> Callable[[], None]:
     with contextlib.suppress(Exception):
       step.lower(*abstract).compile()
 
-  thread = threading.Thread(target=work, name="compile the step")
+  thread = threading.Thread(target=work, name=_NAME)
   thread.start()
   return thread.join
