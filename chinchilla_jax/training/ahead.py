@@ -144,7 +144,7 @@ def compile_step(experiment: schema.Experiment, found: Sequence[Any],
   try:
     compiled = lowered.compile(layout.compiler_options)
   except jax.errors.JaxRuntimeError as error:
-    raise _explained(error, found, levers(experiment, at_a_time)) from None
+    raise explained(error, layout, experiment, sequences) from None
   compile_s = time.perf_counter() - started - lower_s
 
   chip = topology.chip_of(found[0].device_kind)
@@ -208,7 +208,8 @@ def _bounds(program: hlo.Program, made: jax.sharding.Mesh, chip: topology.Chip |
                            model_flops), seconds
 
 
-def _explained(error: Exception, found: Sequence[Any], helps: list[str]) -> Exception:
+def explained(error: Exception, layout: Layout, experiment: schema.Experiment,
+              sequences: int) -> Exception:
   """The compiler's complaint as one that says what to do; the error itself if it is another."""
   text = str(error)
   if "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():
@@ -221,8 +222,11 @@ def _explained(error: Exception, found: Sequence[Any], helps: list[str]) -> Exce
     used, room = _gib(match[1]), _gib(match[2])
     amount = (f"needs {used:.2f} GiB of the {room:.2f} GiB that a program can use, "
               f"{used - room:.2f} GiB too many")
-  return OutOfMemory(f"out of memory: a device ({found[0].device_kind}) {amount}; what helps: "
-                     f"{', or '.join(helps)}")
+  at_a_time = (sequences // durations.microbatches(experiment.batch, sequences)
+               // layout.placement.shards("batch"))
+  kind = layout.mesh.devices.flat[0].device_kind
+  return OutOfMemory(f"out of memory: a device ({kind}) {amount}; what helps: "
+                     f"{', or '.join(levers(experiment, at_a_time))}")
 
 
 def _gib(text: str) -> float:

@@ -4,7 +4,6 @@ Making a fresh state is a program of its own, and compiling it leaves a core idl
 step in Python does; a state from a checkpoint waits for the disk.
 """
 
-import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -17,21 +16,31 @@ def at_it() -> bool:
   return any(thread.name == _NAME for thread in threading.enumerate())
 
 
-def compiling(step: Any, *abstract: Any) -> Callable[[], None]:
-  """Begins to compile a jitted function in a thread; what is returned waits until it is done.
+def compiling(step: Any, *abstract: Any) -> Callable[[], Exception | None]:
+  """Begins to compile a jitted function in a thread.
 
   A call with arrays of these shapes, dtypes and shardings then finds the program (JAX 0.10 to
-  0.12 keep what `lower(...).compile()` makes by the same key). If it cannot be compiled, that call
-  compiles it again, and says why.
+  0.12 keep what `lower(...).compile()` makes by the same key).
 
   Args:
     step: what `jax.jit` gave back.
     abstract: its arguments, `jax.ShapeDtypeStruct`s or arrays.
+
+  Returns:
+    A function that waits until it is done, and returns why it could not be compiled, or None.
   """
+  failed: list[Exception] = []
+
   def work() -> None:
-    with contextlib.suppress(Exception):
+    try:
       step.lower(*abstract).compile()
+    except Exception as error:
+      failed.append(error)
+
+  def wait() -> Exception | None:
+    thread.join()
+    return failed[0] if failed else None
 
   thread = threading.Thread(target=work, name=_NAME)
   thread.start()
-  return thread.join
+  return wait

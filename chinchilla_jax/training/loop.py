@@ -190,7 +190,7 @@ def leg(run: Run, begin: start.Start) -> Outcome:
 
   # ---------------------------------------------------------------- State
   step, owed = begin.step, list(begin.owed)
-  compiled = lambda: None
+  compiled = lambda: None  # Returns an error where there was one.
   # Of several processes each would do this in its own time, and their programs talk to each other.
   if step < total_steps and processes.count() == 1:
     wanted = layout.placed(state_lib.abstract(experiment.model, made.optimizer))
@@ -289,7 +289,9 @@ def leg(run: Run, begin: start.Start) -> Outcome:
       return {"kind": "sample", "prompt": prompt, "text": text}
 
     # -------------------------------------------------------------- Train
-    compiled()
+    if error := compiled():
+      from chinchilla_jax.training import ahead  # Reads programs: nothing else here needs it.
+      raise ahead.explained(error, layout, experiment, clock.batches.sequences(step)) from None
     pay()  # What a stop or a crash came before.
     for _, batch in feed:
       if record.stop_signal:

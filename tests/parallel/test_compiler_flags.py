@@ -33,3 +33,13 @@ def test_flags_reach_the_compiler_of_a_run(monkeypatch, tiny, tmp_path):
   monkeypatch.setattr(compiler_flags, "options", lambda kind: {"xla_there_is_no_such_flag": True})
   with pytest.raises(jax.errors.JaxRuntimeError, match="xla_there_is_no_such_flag"):
     loop.train(tiny, tmp_path / "run")
+
+
+def test_a_step_that_does_not_fit_is_one_line_with_what_helps(monkeypatch, tiny, tmp_path):
+  from chinchilla_jax.training import early, loop
+  said = jax.errors.JaxRuntimeError(
+      "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+      "Used 40.00G of 31.25G hbm.")
+  monkeypatch.setattr(early, "compiling", lambda *unused: lambda: said)
+  with pytest.raises(ahead.OutOfMemory, match=r"needs 40\.00 GiB .* what helps: .*microbatches"):
+    loop.train(tiny, tmp_path / "run")
