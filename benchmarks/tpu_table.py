@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 GIB = 2**30
 _70B = "--config=configs/chinchilla.py:70b"
 _PAPER = ("--config.mesh.strategy=deepmind", "--config.mesh.tensor=16", "--config.model.remat=full")
-_LONG = ("--config.data.seq_len=8192", "--sequences=192", "--config.batch.sequences=192",
+_LONG = ("--config.data.seq_len=8192", "--sequences=256", "--config.batch.sequences=256",
          "--config.batch.ramp=()")
 
 # Name, words of the command.
@@ -30,7 +30,7 @@ ROWS = (
                                     "--config.batch.ramp=()")),
     ("70B, 1.5M tokens", (_70B, "--topology=v5p:8x8x8", "--sequences=768",
                           "--config.mesh.tensor=2")),
-    ("70B, 1.5M tokens, sequences of 8,192", (_70B, "--topology=v5p:8x8x8", *_LONG)),
+    ("70B, 2.1M tokens, sequences of 8,192", (_70B, "--topology=v5p:8x8x8", *_LONG)),
     ("70B, 1.5M tokens", (_70B, "--topology=v6e:16x16", "--sequences=768",
                           "--config.mesh.strategy=fsdp", "--config.mesh.tensor=1",
                           "--config.model.remat=full")),
