@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import pathlib
 import time
 from typing import Any
@@ -50,6 +51,8 @@ class TensorBoard:
 
   def _open(self) -> None:
     import tensorboardX
+    # Of every value that is not finite it warns; the run says which they were itself.
+    logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
     folder = self._scratch.path if self._scratch else self._path
     suffix = f".{self._files:06d}" if self._scratch else ""
     self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=self._purge,
