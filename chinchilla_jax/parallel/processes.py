@@ -238,10 +238,16 @@ def vote(mesh: Mesh, ballot: int) -> jax.Array:
     int32 [devices], an element on each; made without asking other processes, and kept: do not
     donate it.
   """
-  sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+  sharding = abstract_vote(mesh).sharding
   devices = list(sharding.addressable_devices_indices_map((mesh.size,)))
   ones = jax.device_put([np.full(1, ballot, np.int32)] * len(devices), devices)
   return jax.make_array_from_single_device_arrays((mesh.size,), sharding, ones)
+
+
+def abstract_vote(mesh: Mesh) -> jax.ShapeDtypeStruct:
+  """What `vote` gives back, without its ballots."""
+  return jax.ShapeDtypeStruct((mesh.size,), np.int32, sharding=NamedSharding(
+      mesh, PartitionSpec(mesh.axis_names)))
 
 
 def counted(vote: jax.Array) -> jax.Array:

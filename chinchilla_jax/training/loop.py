@@ -196,7 +196,7 @@ def leg(run: Run, begin: start.Start) -> Outcome:
     wanted = layout.placed(state_lib.abstract(experiment.model, made.optimizer))
     shape = clock.batches.sequences(step), experiment.data.seq_len
     compiled = early.compiling(run.step, wanted, layout.batch(shape),
-                               processes.vote(layout.mesh, 0))
+                               processes.abstract_vote(layout.mesh))
   with processes.together():
     state, note = start.state_of(made, folder, begin, layout)
   notes = [note, *(f"  {line}" for line in begin.notes), *start.set_aside(folder, begin.aside)]
