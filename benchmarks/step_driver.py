@@ -9,13 +9,17 @@ with its seconds `dt` and its loss, `summary` when alone, `bye` with the peak me
 else that is printed goes to standard error.
 
 A step is the product's own: forward, backward, clipping, AdamW, guard, on random tokens whose
-transfer is part of the time. fp32 is float32 throughout. bf16 has bfloat16 activations and
-either the product's weights (bfloat16 with a float32 master, gradients in bfloat16) or, with
---parameters float32, float32 weights and gradients.
+transfer is part of the time. Matrices have no biases, as those of the projects beside it. On a CPU
+the sequences go through in two microbatches, which is faster there and takes less memory.
+
+fp32 is float32 throughout. bf16 has bfloat16 activations and either the product's weights
+(bfloat16 with a float32 master, gradients in bfloat16, summed over microbatches in float32) or,
+with --parameters float32, float32 weights and gradients.
 """
 
 import argparse
 import dataclasses
+import gc
 import json
 import os
 import resource
@@ -56,11 +60,13 @@ def build(shape: dict[str, int], args: argparse.Namespace):
       model=schema.Model(
           n_layers=shape["n_layers"], d_model=shape["d_model"], n_heads=shape["n_heads"],
           kv_size=shape["head_dim"], d_ff=shape["d_ff"], vocab_size=shape["vocab"],
-          position=args.position, remat=args.remat, attention_block=args.attention_block),
+          position=args.position, bias=args.bias, remat=args.remat,
+          attention_block=args.attention_block),
       precision=schema.Precision(
           parameters=args.parameters or ("bfloat16" if bf16 else "float32"),
           activations="bfloat16" if bf16 else "float32"),
-      batch=schema.Batch(sequences=shape["batch"]),
+      batch=schema.Batch(sequences=shape["batch"], microbatches=args.microbatches or (
+          2 if jax.default_backend() == "cpu" and shape["batch"] % 2 == 0 else 1)),
       data=dataclasses.replace(schema.Data(), seq_len=shape["seq"], document_mask=False),
       optimizer=schema.Optimizer(peak_lr=3e-4),
       loss=schema.Loss(chunk=args.chunk))
@@ -102,7 +108,8 @@ def build(shape: dict[str, int], args: argparse.Namespace):
   return one, {"n_params": sum(leaf.size for _, leaf in sizes), "n_matmul": matrices,
                "device": device, "peak_flops": topology.peak_flops(device),
                "flops_causal": flops.matmul_causal(experiment.model, shape["seq"]),
-               "position": args.position, "attention": layout.attention,
+               "position": args.position, "bias": args.bias,
+               "microbatches": experiment.batch.microbatches, "attention": layout.attention,
                "parameters": experiment.precision.parameters,
                "versions": {"jax": jax.__version__, "python": sys.version.split()[0]}}
 
@@ -129,6 +136,8 @@ def main() -> None:
   parser.add_argument("--attention-block", type=int, default=128)
   parser.add_argument("--chunk", type=int, default=1024, help="tokens of the loss at a time")
   parser.add_argument("--batch", type=int, help="sequences, by default those of the shape")
+  parser.add_argument("--microbatches", type=int, help="by default 2 on a CPU, else 1")
+  parser.add_argument("--bias", action="store_true", help="the product's default: biases")
   parser.add_argument("--steps", type=int, default=7)
   parser.add_argument("--warmup", type=int, default=2)
   parser.add_argument("--cache", action="store_true",
@@ -136,7 +145,8 @@ def main() -> None:
   parser.add_argument("--serve", action="store_true")
   args = parser.parse_args()
   from chinchilla_jax.training import heap
-  heap.few_arenas()  # As `chinchilla train` does.
+  gc.set_threshold(10_000, 20, 50)  # This and the heaps as `chinchilla train` has them.
+  heap.few_arenas()
   if args.cache:
     from chinchilla_jax.storage import compiled
     compiled.keep()

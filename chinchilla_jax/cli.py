@@ -6,6 +6,7 @@ Exit status: 0 done; 2 something the user can mend (one line on stderr says what
 
 import argparse
 import difflib
+import gc
 import importlib
 import os
 import sys
@@ -65,6 +66,9 @@ def leave() -> NoReturn:
   A thread that compiles cannot be interrupted, and Python would wait for it, minutes perhaps, after
   the one line has been said or Ctrl-C has been pressed twice.
   """
+  # Starting makes a million objects that stay. As Python has it, they would be gone through again
+  # and again for garbage, 0.3 s of a start (docs/performance.md).
+  gc.set_threshold(10_000, 20, 50)
   try:
     status = main()
   except Exception:

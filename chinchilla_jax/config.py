@@ -49,6 +49,9 @@ class Model:
   activation: str = setting(
       "gelu", "not stated; Gopher builds on GPT-2, which uses the tanh form; swiglu: Shazeer 2020",
       choices=("gelu", "gelu_exact", "relu", "swiglu"))
+  bias: bool = setting(
+      True, "the paper's parameter counts need one on every matrix but those of queries, keys and "
+      "values, and on the logits; False: on none, as in PaLM and Llama")
   qk_norm: bool = setting(
       False, "not in the paper; widens the usable range of LR (Wortsman et al. 2023)")
   init: str = setting(

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from chinchilla_jax import config as schema
 from chinchilla_jax.model import blockwise, parametrisation
-from chinchilla_jax.model.layers import DENSE, RMSNorm, add, dense, weight, zeros
+from chinchilla_jax.model.layers import DENSE, RMSNorm, add, biases, dense, weight, zeros
 from chinchilla_jax.model.placement import WHOLE, Placement, Rows
 
 MIXED = "attention_mixed"  # what remat policies call the values mixed by attention
@@ -56,7 +56,8 @@ def rotate(x_hbtk: jax.Array, positions_t: jax.Array, base: float) -> jax.Array:
 class Attention(nnx.Module):
   """Multi-head attention; kv_size per head is independent of d_model // n_heads.
 
-  Query, key, value and relative-key projections have no bias, the output projection has one.
+  Query, key, value and relative-key projections have no bias, the output projection has one
+  unless the config says none.
   `qk_norm` normalises queries (before u and v are added) and keys, not relative keys.
   """
 
@@ -68,7 +69,7 @@ class Attention(nnx.Module):
     self.w_query, self.w_key, self.w_value = map(inward, keys[:3])
     self.w_out = weight(keys[3], (h, k, d), ("heads", "head_dim", "embed"), fan_in=h * k,
                         config=config, residual=True)
-    self.bias_out = zeros((d,), ("embed",))
+    self.bias_out = biases((d,), ("embed",), config)
     if config.position == "relative":
       self.w_relative = inward(keys[4])
       self.u = zeros((h, k), ("heads", "head_dim"))
@@ -177,4 +178,4 @@ class Attention(nnx.Module):
 
   def _output(self, mixed_hbtk):
     out_btd = dense("bthk,hkd->btd", jnp.moveaxis(mixed_hbtk, 0, 2), self.w_out)
-    return add(out_btd, self.bias_out[...][None, None])
+    return out_btd if self.bias_out is None else add(out_btd, self.bias_out[...][None, None])

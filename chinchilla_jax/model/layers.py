@@ -52,6 +52,12 @@ def scaled(x: jax.Array, factor: float) -> jax.Array:
   return x if factor == 1 else x * factor
 
 
+def biases(shape: tuple[int, ...], logical: tuple[str, ...],
+           config: schema.Model) -> nnx.Param | None:
+  """A bias that starts at zero; None where the model has none."""
+  return zeros(shape, logical) if config.bias else None
+
+
 def add(x: jax.Array, bias: jax.Array) -> jax.Array:
   """x + bias in float32, as the dtype of x.
 
@@ -121,7 +127,7 @@ look_up.defvjp(_look_up_fwd, _look_up_bwd)
 
 
 class Embedding(nnx.Module):
-  """The table that is both input embedding and output projection, and the output-logit bias.
+  """The table that is both input embedding and output projection, and the output-logit bias if any.
 
   The input is not scaled by sqrt(d_model): the paper does not say, and GPT-2 does not.
   """
@@ -129,7 +135,7 @@ class Embedding(nnx.Module):
   def __init__(self, config: schema.Model, key: jax.Array):
     v, d = config.vocab_size, config.d_model
     self.table = weight(key, (v, d), ("vocab", "embed"), fan_in=d, config=config, embedding=True)
-    self.logit_bias = zeros((v,), ("vocab",))
+    self.logit_bias = biases((v,), ("vocab",), config)
 
   def encode(self, tokens_bt: jax.Array, dtype: jax.typing.DTypeLike,
              placement: Placement = WHOLE) -> jax.Array:
@@ -139,6 +145,8 @@ class Embedding(nnx.Module):
   def decode(self, x_btd: jax.Array) -> jax.Array:
     """Float32 logits_btv."""
     logits_btv = product("btd,vd->btv", x_btd, self.table[...], jnp.float32)
+    if self.logit_bias is None:
+      return logits_btv
     return logits_btv + self.logit_bias[...].astype(jnp.float32)[None, None, :]
 
 
@@ -149,7 +157,7 @@ def _activation(name: str, x: jax.Array) -> jax.Array:
 
 
 class FeedForward(nnx.Module):
-  """d_model to d_ff to d_model with a bias on every matrix.
+  """d_model to d_ff to d_model with a bias on every matrix, unless the config says none.
 
   `activation` "swiglu" (Shazeer 2020) has a third matrix, the gate: silu(gate) * in. d_ff is
   then what the config says, not two thirds of it.
@@ -160,11 +168,11 @@ class FeedForward(nnx.Module):
     key_in, key_out, key_gate = jax.random.split(key, 3)
     inward = functools.partial(weight, shape=(d, f), logical=("embed", "mlp"), fan_in=d,
                                config=config)
-    self.w_in, self.bias_in = inward(key_in), zeros((f,), ("mlp",))
+    self.w_in, self.bias_in = inward(key_in), biases((f,), ("mlp",), config)
     if config.activation == "swiglu":
-      self.w_gate, self.bias_gate = inward(key_gate), zeros((f,), ("mlp",))
+      self.w_gate, self.bias_gate = inward(key_gate), biases((f,), ("mlp",), config)
     self.w_out = weight(key_out, (f, d), ("mlp", "embed"), fan_in=f, config=config, residual=True)
-    self.bias_out = zeros((d,), ("embed",))
+    self.bias_out = biases((d,), ("embed",), config)
     self.activation = config.activation
 
   def __call__(self, x_btd: jax.Array, placement: Placement = WHOLE) -> jax.Array:
@@ -178,4 +186,5 @@ class FeedForward(nnx.Module):
     return self._affine("btf,fd->btd", x_btf, self.w_out, self.bias_out)
 
   def _affine(self, spec: str, x, w, bias):
-    return add(dense(spec, x, w), bias[...][None, None])
+    out = dense(spec, x, w)
+    return out if bias is None else add(out, bias[...][None, None])

@@ -143,13 +143,13 @@ def parameter_groups(shape: Any) -> dict[str, int]:
 
   Args:
     shape: a `Shape` or a `config.Model`; needs n_layers, d_model, n_heads, kv_size, d_ff,
-      vocab_size, position, and heeds activation and qk_norm where it has them.
+      vocab_size, position, and heeds activation, bias and qk_norm where it has them.
 
   Returns:
     Group name to number of parameters. With d, f, a = n_heads * kv_size, L, V:
 
       embedding      V * d          tied: input and output
-      logit_bias     V
+      logit_bias     V              this and the other biases: unless `bias` is false
       attention      L * 4 * d * a  query, key, value, output
       relative       L * d * a      relative key; position "relative" only
       u_v            L * 2 * a      position "relative" only
@@ -176,15 +176,19 @@ def parameter_groups(shape: Any) -> dict[str, int]:
         "norms": n * 4 * d + 2 * d,
     }
   gated = getattr(shape, "activation", "gelu") == "swiglu"
-  groups = {"embedding": v * d, "logit_bias": v, "attention": n * 4 * d * a}
+  biased = getattr(shape, "bias", True)
+  groups = {"embedding": v * d}
+  if biased:
+    groups["logit_bias"] = v
+  groups["attention"] = n * 4 * d * a
   if shape.position == "relative":
     groups |= {"relative": n * d * a, "u_v": n * 2 * a}
-  groups |= {
-      "attention_bias": n * d,
-      "feed_forward": n * (3 if gated else 2) * d * f,
-      "feed_forward_bias": n * ((2 if gated else 1) * f + d),
-      "norms": n * 2 * d + d,
-  }
+  if biased:
+    groups["attention_bias"] = n * d
+  groups["feed_forward"] = n * (3 if gated else 2) * d * f
+  if biased:
+    groups["feed_forward_bias"] = n * ((2 if gated else 1) * f + d)
+  groups["norms"] = n * 2 * d + d
   if getattr(shape, "qk_norm", False):
     groups["qk_norm"] = n * 2 * shape.kv_size
   return groups

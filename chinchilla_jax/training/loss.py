@@ -28,7 +28,7 @@ def cross_entropy(x_btd, embedding_vd, bias_v, targets_bt, weights_bt, z_loss: f
   Args:
     x_btd: final hidden states, in the activation dtype.
     embedding_vd: tied embedding, any float dtype; multiplied in the dtype of x_btd.
-    bias_v: output-logit bias.
+    bias_v: output-logit bias, or None.
     targets_bt: int32, the token that follows.
     weights_bt: float32, 0 for targets that do not count.
     z_loss: coefficient of log²Z (PaLM, section 5); 0 for none.
@@ -88,7 +88,8 @@ def _forward(embedding_vd, bias_v, part, z_loss, placement):
   logits = jnp.einsum("ibjtd,vd->ibjtv", x, embedding_vd.astype(x.dtype),
                       preferred_element_type=jnp.float32)
   logits = placement.constrain(logits, (*_TOKENS, "vocab"))
-  logits += bias_v.astype(jnp.float32)[None, None, None, None]
+  if bias_v is not None:
+    logits += bias_v.astype(jnp.float32)[None, None, None, None]
   log_z = jax.nn.logsumexp(logits, axis=-1)
   target = _at_target(logits, targets)
   nll = jnp.sum(weights * (log_z - target))
@@ -143,29 +144,32 @@ def _cross_entropy_fwd(x_btd, embedding_vd, bias_v, targets_bt, weights_bt, z_lo
     scale = weights * (1 + 2 * z_loss * log_z) if z_loss else weights
     d_logits = jnp.exp(logits - log_z[..., None]) * scale[..., None]
     d_logits = _less_at_target(d_logits, targets, weights)
-    d_bias += jnp.sum(d_logits, axis=(1, 3))
+    d_bias = jax.tree.map(lambda total: total + jnp.sum(d_logits, axis=(1, 3)), d_bias)
     d_logits = d_logits.astype(x.dtype)
     d_x = jnp.einsum("ibjtv,vd->ibjtd", d_logits, embedding)
     d_embedding += over_rows("ibjtd,ibjtv->ijdv", x, d_logits, jnp.float32)
     carry = (objective_sum + objective, nll_sum + nll, per_device(d_embedding, None, "vocab"),
-             per_device(d_bias, "vocab"))
+             jax.tree.map(lambda total: per_device(total, "vocab"), d_bias))
     return carry, placement.constrain(d_x, (*_TOKENS, None))
 
   zero = jnp.float32(0)
   shards = parts[0].shape[1], parts[0].shape[3]
   start = (zero, zero,
            per_device(jnp.zeros((*shards, *embedding_vd.shape[::-1]), jnp.float32), None, "vocab"),
-           per_device(jnp.zeros((*shards, *bias_v.shape), jnp.float32), "vocab"))
+           # As all that is done with it: of no bias, None.
+           jax.tree.map(lambda bias: per_device(jnp.zeros((*shards, *bias.shape), jnp.float32),
+                                                "vocab"), bias_v))
   (objective, nll, d_embedding, d_bias), d_x = jax.lax.scan(body, start, parts)
   grads = (pieces.join(d_x), jnp.sum(d_embedding, axis=(0, 1)).T.astype(embedding_vd.dtype),
-           jnp.sum(d_bias, axis=(0, 1)).astype(bias_v.dtype))
+           jax.tree.map(lambda total, bias: jnp.sum(total, axis=(0, 1)).astype(bias.dtype),
+                        d_bias, bias_v))
   return (objective, nll), grads
 
 
 def _cross_entropy_bwd(z_loss, chunk, placement, grads, cotangents):
   del z_loss, chunk, placement
   scale = cotangents[0]
-  return (*((g * scale).astype(g.dtype) for g in grads), None, None)
+  return *jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads), None, None
 
 
 cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)

@@ -34,7 +34,7 @@ def loss_sums(experiment: schema.Experiment, params: Any, batch: Batch,
   x_btd, embedding = placement.first(x_btd, params["embedding"])
   embedding = placement.weights("embedding", embedding)
   return loss.cross_entropy(
-      x_btd, embedding["table"], embedding["logit_bias"], batch["targets_bt"],
+      x_btd, embedding["table"], embedding.get("logit_bias"), batch["targets_bt"],
       batch["weights_bt"], experiment.loss.z_loss, experiment.loss.chunk, placement)
 
 

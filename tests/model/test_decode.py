@@ -14,7 +14,8 @@ T = 11
 TINY = schema.Model(n_layers=2, d_model=12, n_heads=2, kv_size=6, d_ff=16, vocab_size=29,
                     attention_block=4)
 VARIANTS = [dict(position="relative"), dict(position="relative", qk_norm=True),
-            dict(position="rotary"), dict(position="rotary", qk_norm=True, activation="swiglu")]
+            dict(position="rotary"), dict(position="rotary", qk_norm=True, activation="swiglu"),
+            dict(position="rotary", bias=False)]
 
 
 def random_params(config, dtype="float32"):

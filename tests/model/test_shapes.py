@@ -69,6 +69,9 @@ def test_switches():
   assert count(position="rotary") == 64_691_936_512 == CHINCHILLA - layers * (d * a + 2 * a)
   assert count(qk_norm=True) == CHINCHILLA + layers * 2 * 128
   assert count(activation="swiglu") == CHINCHILLA + layers * (d * 4 * d + 4 * d)
+  biases = 32_000 + layers * (d + 4 * d + d)
+  assert count(bias=False) == CHINCHILLA - biases
+  assert count(bias=False, activation="swiglu") == CHINCHILLA - biases + layers * d * 4 * d
   assert count(activation="relu") == count(init="fan_in") == CHINCHILLA
 
 

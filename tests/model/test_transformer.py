@@ -76,7 +76,8 @@ def test_the_model_has_as_many_parameters_as_the_rule_says(shape):
 
 @pytest.mark.parametrize("fields", [
     dict(position="rotary"), dict(activation="swiglu"), dict(qk_norm=True),
-    dict(position="rotary", activation="swiglu", qk_norm=True)], ids=str)
+    dict(position="rotary", activation="swiglu", qk_norm=True), dict(bias=False),
+    dict(position="rotary", activation="swiglu", bias=False)], ids=str)
 def test_switches_have_as_many_parameters_as_the_rule_says(fields):
   config = dataclasses.replace(published(shapes.CHINCHILLA), **fields)
   assert size(transformer.abstract(config, "bfloat16")) == shapes.count_parameters(config)

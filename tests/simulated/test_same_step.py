@@ -47,6 +47,7 @@ def part(state, prefix):
     ("fsdp_tensor data 2 x context 2 x tensor 2", dict(model__position="rotary")),
     ("deepmind data 4 x tensor 2",
      dict(model__activation="swiglu", model__qk_norm=True, loss__z_loss=1e-2)),
+    ("fsdp_tensor data 2 x context 2 x tensor 2", dict(model__bias=False)),
     ("fsdp_tensor slice 2 x data 2 x tensor 2", dict(batch__microbatches=2)),
     ("fsdp_tensor data 2 x context 2 x tensor 2", dict(batch__microbatches=2)),
     ("fsdp_tensor data 2 x context 2 x tensor 2",

@@ -52,6 +52,14 @@ def test_value_and_gradient_are_those_of_the_definition(arrays, z_loss, chunk, p
     np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("placement", [WHOLE, CUT], ids=["whole", "cut"])
+def test_no_bias_is_a_bias_of_zeros(arrays, placement):
+  x, embedding, bias, *rest = arrays.values()
+  ours = lambda bias: jax.value_and_grad(lambda x, e: loss.cross_entropy(
+      x, e, bias, *rest, 0.1, 7, placement)[0], argnums=(0, 1))(x, embedding)
+  jax.tree.map(np.testing.assert_array_equal, ours(None), ours(jnp.zeros_like(bias)))
+
+
 def test_no_piece_is_larger_than_asked_for():
   for chunk in (1, 3, 10, 25, 60):
     pieces = loss._Pieces((B, T), chunk, WHOLE).split(jnp.zeros((B, T)))

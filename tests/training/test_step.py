@@ -289,7 +289,7 @@ def test_abstract_is_what_init_makes():
     dict(model__position="rotary"), dict(model__qk_norm=True), dict(model__activation="swiglu"),
     dict(loss__z_loss=1e-2), dict(model__remat="full"), dict(model__remat="dots"),
     dict(precision__rounding="stochastic"), dict(precision__gradients="float32"),
-    dict(model__init="fan_in"), dict(model__scan_unroll=2)])
+    dict(model__init="fan_in"), dict(model__scan_unroll=2), dict(model__bias=False)])
 def test_every_switch_trains(fields):
   losses = curve(with_fields(tiny_experiment(), **fields), steps=40, lr=5e-3)
   assert losses[-5:].mean() < 0.8 * losses[0]
