@@ -1,10 +1,12 @@
 """The command line. A command's module is imported only when the command is asked for.
 
 Exit status: 0 done; 2 something the user can mend (one line on stderr says what); 75 preempted
-(SIGTERM, saved) or hung, run the same command again; 130 ended by Ctrl-C, saved.
+(SIGTERM, saved) or hung, run the same command again; 130 ended by Ctrl-C, saved; 143 ended by
+SIGTERM when there was nothing to save (`leaving`), as 130 may be.
 """
 
 import argparse
+import contextlib
 import difflib
 import gc
 import importlib
@@ -13,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from chinchilla_jax import __version__
+from chinchilla_jax import __version__, leaving
 from chinchilla_jax.errors import UserError
 
 COMMANDS = {
@@ -27,6 +29,13 @@ COMMANDS = {
     "generate": "text from a checkpoint",
     "inspect": "what is in a config, a run or a token store",
     "report": "one page with the curves and figures of these runs",
+}
+
+# Commands that compile, with what is said when a signal ends them before anything is to be saved.
+_AT_ONCE = {
+    "train": "ended by {} before a step was taken: nothing to save, the same command starts again",
+    "compile": leaving.INTERRUPTED, "evaluate": leaving.INTERRUPTED,
+    "generate": leaving.INTERRUPTED,
 }
 
 _CONFIG_HELP = """\
@@ -69,6 +78,13 @@ def leave() -> NoReturn:
   # Starting makes a million objects that stay. As Python has it, they would be gone through again
   # and again for garbage, 0.3 s of a start (docs/performance.md).
   gc.set_threshold(10_000, 20, 50)
+  command = sys.argv[1] if len(sys.argv) > 1 else ""
+  with (leaving.at_once(command, _AT_ONCE[command]) if command in _AT_ONCE
+        else contextlib.nullcontext()):
+    _leave()
+
+
+def _leave() -> NoReturn:
   try:
     status = main()
   except Exception:

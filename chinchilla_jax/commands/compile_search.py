@@ -9,15 +9,14 @@ printed command does.
 import argparse
 import json
 import re
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from typing import Any
 
 from chinchilla_jax import config as schema
+from chinchilla_jax import leaving
 from chinchilla_jax.errors import UserError
 
 _GIB = 2**30
@@ -99,19 +98,13 @@ def compiled(words: list[str], seconds: float | None):
   """
   from chinchilla_jax.training.search import Outcome
   began = time.monotonic()
-  old = None
-  if threading.current_thread() is threading.main_thread():
-    # As it ends on Ctrl-C: `subprocess.run` kills what it runs when an exception comes.
-    old = signal.signal(signal.SIGTERM, lambda *unused: sys.exit(128 + signal.SIGTERM))
   try:
-    done = subprocess.run([sys.executable, "-m", "chinchilla_jax", "compile", *words, "--json"],
-                          capture_output=True, text=True, timeout=seconds,
-                          stdin=subprocess.DEVNULL)
+    with leaving.by_exception("compile"):  # `subprocess.run` kills what it runs when one comes.
+      done = subprocess.run([sys.executable, "-m", "chinchilla_jax", "compile", *words, "--json"],
+                            capture_output=True, text=True, timeout=seconds,
+                            stdin=subprocess.DEVNULL)
   except subprocess.TimeoutExpired:
     return None
-  finally:
-    if old is not None:
-      signal.signal(signal.SIGTERM, old)
   took = time.monotonic() - began
   # libtpu complains of the missing TPU on the same file, at any time.
   said = [line for line in done.stderr.splitlines() if line.startswith("chinchilla compile:")]

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from chinchilla_jax import config as schema
-from chinchilla_jax import config_io, durations
+from chinchilla_jax import config_io, durations, leaving
 from chinchilla_jax.data import address, batches, tokens
 from chinchilla_jax.errors import UserError
 from chinchilla_jax.evaluation import held_out
@@ -117,7 +117,8 @@ def train(experiment: schema.Experiment, workdir: str | os.PathLike,
           force: bool = False) -> Outcome:
   """Trains to the end of the run, from the newest good checkpoint in `workdir` if there is one.
 
-  Ctrl-C and SIGTERM save and return early; the same call goes on from there. With several
+  Ctrl-C and SIGTERM save and return early; the same call goes on from there. (In the command,
+  with one process, they end it at once before the first step: see `leaving`.) With several
   processes (`joining.start` comes first) all of them call this; process 0 writes the logs.
 
   Args:
@@ -159,6 +160,10 @@ def train(experiment: schema.Experiment, workdir: str | os.PathLike,
     if processes.from_main(lambda: checkpoint.steps(folder.checkpoints)) != list(begin.found):
       begin = start.choose(made, folder, where, force)  # Another process was at it until now.
     interrupt = stack.enter_context(Interrupt())
+    if processes.count() > 1:
+      leaving.no_longer()  # One that goes alone would keep the others waiting: they vote.
+    elif lock:
+      leaving.undo(lambda number: lock.release())
     run = Run(made, folder, layout, where, step, evaluate,
               lock.check if lock else lambda: None, lock.confirm if lock else lambda: None,
               lambda: interrupt.signal or 0)
@@ -211,7 +216,9 @@ def leg(run: Run, begin: start.Start) -> Outcome:
       folder.rewind_metrics(step, keep=rolled_back)
       folder.note("resume" if begin.resumed else "start", step=step, notes=notes,
                   **dataclasses.asdict(run.where))
+      leaving.undo(lambda number: folder.note("stop", step=step, signal=number))
       console = metrics.Console(total_steps, step, print_every)
+      leaving.undo(lambda number: console.close())
       say = console.print
       sinks += [console, metrics.JsonLines(folder.metrics)]
       if experiment.logging.tensorboard:
@@ -296,6 +303,7 @@ def leg(run: Run, begin: start.Start) -> Outcome:
     for _, batch in feed:
       if record.stop_signal:
         break
+      leaving.no_longer()  # What this step learns is to be saved.
       profiler.before(step + 1, state)
       state, values = run.step(state, batch, processes.vote(layout.mesh, run.ballot()))
       step += 1
