@@ -102,9 +102,10 @@ def _backward(static, saved, grad_hbtk):
   q_hbtk, _, _, r_hnk, u_hk, v_hk, _ = arrays
   t, ahead = q_hbtk.shape[2], tiling.length - q_hbtk.shape[2]
   delta_hbt = jnp.sum(out_hbtk.astype(jnp.float32) * grad_hbtk.astype(jnp.float32), axis=-1)
-  # Rows that hold no token have a logsumexp of 0 here; their gradient is 0, so any number will do.
+  # A row that holds no token gets a logsumexp that makes its weights 0. With 0 they could be
+  # infinite, and infinity times its gradient, which is 0, is no number.
   dq, dk, dv, dr_hnk, du_bias, dv_bias = backward(
-      *_whole_tiles(tiling, *arrays), _pad(logsumexp_hbt, 2, 0, ahead)[:, :, None],
+      *_whole_tiles(tiling, *arrays), _pad(logsumexp_hbt, 2, 0, ahead, -blocks.MASKED)[:, :, None],
       _pad(delta_hbt, 2, 0, ahead)[:, :, None], _pad(grad_hbtk, 2, 0, ahead), tiling=tiling,
       divisor=divisor, interpret=interpret)
   dr_hnk = dr_hnk[:, ahead:ahead + r_hnk.shape[1]].astype(r_hnk.dtype)
@@ -128,7 +129,7 @@ def _whole_tiles(tiling: Tiling, q_hbtk, k_hbtk, v_hbtk, r_hnk, u_hk, v_hk, segm
           segments_bt)
 
 
-def _pad(x: jax.Array, axis: int, before: int, after: int) -> jax.Array:
+def _pad(x: jax.Array, axis: int, before: int, after: int, value: float = 0.0) -> jax.Array:
   widths = [(0, 0)] * x.ndim
   widths[axis] = (before, after)
-  return jnp.pad(x, widths) if before or after else x
+  return jnp.pad(x, widths, constant_values=value) if before or after else x

@@ -147,6 +147,16 @@ def test_keys_after_the_query_do_not_count():
   np.testing.assert_array_equal(got, want)
 
 
+def test_rows_that_hold_no_token_count_for_nothing():
+  """However large u and v are: of 13 tokens in tiles of 8, three are not there."""
+  (*arrays, u, v_bias), segments_bt, grad = draw(2, 2, 13, 8)
+  large = (*arrays, 300 * jnp.abs(u), 300 * jnp.abs(v_bias))
+  f = functools.partial(kernel, block_q=8, block_k=8)
+  for x, y in zip(everything(f, large, segments_bt, grad),
+                  everything(reference, large, segments_bt, grad), strict=True):
+    assert distance(x, y) < 1e-3
+
+
 @pytest.mark.parametrize(("block_q", "block_k"), [(8, 8), (32, 8), (8, 32), (16, 32)])
 def test_every_tile_that_counts_is_met_once(block_q, block_k):
   tiling = blocks.Tiling(64, block_q, block_k, False)
