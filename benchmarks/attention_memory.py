@@ -10,12 +10,12 @@ what stays on the chip between two instructions is in it.
 import argparse
 import functools
 import importlib.util
-import sys
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
+from chinchilla_jax.errors import UserError, as_script, positive
 from chinchilla_jax.kernels import relative_tpu
 from chinchilla_jax.model import blockwise
 from chinchilla_jax.model.placement import WHOLE, Rows
@@ -63,19 +63,19 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--topology", default="v5p:2x2x1")
   parser.add_argument("--only", choices=["blockwise", "kernel"])
-  parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768])
+  parser.add_argument("--lengths", type=positive, nargs="+", default=[2048, 8192, 32768])
   args = parser.parse_args()
-  if importlib.util.find_spec("libtpu") is None:
-    sys.exit("attention_memory.py: needs libtpu")
-  jax.config.update("jax_platforms", "cpu")
   where = topology.parse(args.topology, 1)
+  if importlib.util.find_spec("libtpu") is None:
+    raise UserError("needs the TPU compiler: pip install libtpu")
+  jax.config.update("jax_platforms", "cpu")
   device = ahead.devices(where)[0]
   print(f"{args.topology}, jax {jax.__version__}, {HEADS} heads of {KV_SIZE}, bfloat16, one "
         "sequence, forward and backward")
   for length in args.lengths:
     scores = HEADS * length * length * 4 / MIB
-    for name, attend in (("blockwise", without),
-                         ("kernel", functools.partial(kernel, not args.topology.startswith("v4")))):
+    strided = where.chip.name in relative_tpu.STRIDED
+    for name, attend in (("blockwise", without), ("kernel", functools.partial(kernel, strided))):
       if args.only not in (None, name):
         continue
       try:
@@ -87,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  as_script(main)

@@ -21,6 +21,7 @@ import numpy as np
 
 from chinchilla_jax import config
 from chinchilla_jax.data import batches, staging, token_writer, tokenizer, tokens
+from chinchilla_jax.errors import as_script, positive
 
 BAR = 20e6  # tokens per second
 DOCUMENT_TOKENS = 1000
@@ -55,11 +56,11 @@ def build(path: str, n_tokens: int):
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--tokens", type=int, default=50_000_000)
-  parser.add_argument("--seq-len", type=int, default=2048)
-  parser.add_argument("--count", type=int, default=256, help="sequences in a batch")
-  parser.add_argument("--batches", type=int, default=20, help="batches in a repetition")
-  parser.add_argument("--repetitions", type=int, default=7)
+  parser.add_argument("--tokens", type=positive, default=50_000_000)
+  parser.add_argument("--seq-len", type=positive, default=2048)
+  parser.add_argument("--count", type=positive, default=256, help="sequences in a batch")
+  parser.add_argument("--batches", type=positive, default=20, help="batches in a repetition")
+  parser.add_argument("--repetitions", type=positive, default=7)
   args = parser.parse_args()
   print(describe_machine())
   with tempfile.TemporaryDirectory() as folder:
@@ -87,4 +88,4 @@ def main():
 
 
 if __name__ == "__main__":
-  main()
+  as_script(main)

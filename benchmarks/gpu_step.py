@@ -15,6 +15,10 @@ import statistics
 import subprocess
 import sys
 
+import step_driver
+
+from chinchilla_jax.errors import UserError, as_script, positive
+
 DRIVER = pathlib.Path(__file__).with_name("step_driver.py")
 
 NANOGPT = """
@@ -73,21 +77,22 @@ class Contestant:
   def _event(self) -> dict:
     line = self._process.stdout.readline()
     if not line:
-      sys.exit(f"gpu_step.py: {self.name} ended early; its words are above")
+      raise UserError(f"{self.name} ended early; its words are above")
     return json.loads(line)
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--shapes", nargs="+", default=["417m", "1.4b"])
-  parser.add_argument("--batch", type=int, help="sequences; those of the shape by default")
-  parser.add_argument("--steps", type=int, default=20)
+  parser.add_argument("--shapes", nargs="+", default=["417m", "1.4b"],
+                      choices=sorted(step_driver.SHAPES))
+  parser.add_argument("--batch", type=positive, help="sequences; those of the shape by default")
+  parser.add_argument("--steps", type=positive, default=20)
   parser.add_argument("--nanogpt", metavar="FOLDER", help="a checkout of karpathy/nanoGPT")
   parser.add_argument("--torch-python", default=sys.executable)
   args = parser.parse_args()
-  sys.path.insert(0, str(DRIVER.parent))
-  import step_driver
+  if args.nanogpt and not (pathlib.Path(args.nanogpt) / "model.py").is_file():
+    raise UserError(f"--nanogpt: {args.nanogpt} is no checkout of nanoGPT (it has no model.py)")
   for name in args.shapes:
     shape = step_driver.SHAPES[name] | ({"batch": args.batch} if args.batch else {})
     ours = [sys.executable, str(DRIVER), "--serve", "--shape", name, "--dtype", "bf16",
@@ -116,4 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  as_script(main)

@@ -8,6 +8,7 @@ pairs) and writes growth.json and growth.png. Needs matplotlib; about ten minute
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import pathlib
 import statistics
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from chinchilla_jax import config as schema
+from chinchilla_jax.errors import UserError, as_script, positive
 from chinchilla_jax.model import flops
 from chinchilla_jax.parallel import mesh
 from chinchilla_jax.parallel.layout import Layout
@@ -90,8 +92,15 @@ def slope(x, y) -> float:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--out", required=True, type=pathlib.Path, help="folder of the figure")
-  parser.add_argument("--rounds", type=int, default=7)
+  parser.add_argument("--rounds", type=positive, default=7)
   args = parser.parse_args()
+  # Known now, not after ten minutes.
+  if importlib.util.find_spec("matplotlib") is None:
+    raise UserError("needs matplotlib: pip install matplotlib")
+  try:
+    args.out.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"--out: {args.out} cannot be written ({error.strerror})") from error
   jax.config.update("jax_enable_compilation_cache", False)
 
   variants: dict[tuple, Variant] = {}
@@ -121,7 +130,6 @@ def main() -> None:
   ratios = [r["argument_bytes"] / r["inspect_bytes"] for rows in found.values() for r in rows]
   print(f"memory    arguments of the compiled step / train state by inspect: {min(ratios):.4f} to "
         f"{max(ratios):.4f} (a batch is in the first)")
-  args.out.mkdir(parents=True, exist_ok=True)
   facts = {"jax": jax.__version__, "base": BASE, "steps": found, "compile_s": compiled}
   (args.out / "growth.json").write_text(json.dumps(facts, indent=1) + "\n")
   draw(found, compiled, args.out / "growth.png")
@@ -168,4 +176,4 @@ def _log(axis, ticks) -> None:
 
 
 if __name__ == "__main__":
-  main()
+  as_script(main)

@@ -19,6 +19,7 @@ import jax
 
 from chinchilla_jax import config_io
 from chinchilla_jax.data import batches
+from chinchilla_jax.errors import as_script, positive
 from chinchilla_jax.parallel import mesh
 from chinchilla_jax.parallel.layout import Layout
 from chinchilla_jax.training import loop, metrics, recorder
@@ -30,8 +31,8 @@ from chinchilla_jax.training.run_folder import RunFolder
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--config", default="configs/smoke.py")
-  parser.add_argument("--steps", type=int, default=40, help="steps per block")
-  parser.add_argument("--blocks", type=int, default=7)
+  parser.add_argument("--steps", type=positive, default=40, help="steps per block")
+  parser.add_argument("--blocks", type=positive, default=7)
   args = parser.parse_args()
 
   experiment = config_io.load(args.config)
@@ -87,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  as_script(main)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from chinchilla_jax import config_io
+from chinchilla_jax.errors import as_script, positive
 from chinchilla_jax.training import optimizer
 from chinchilla_jax.training import state as state_lib
 from chinchilla_jax.training import step as step_lib
@@ -105,18 +106,18 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--over", choices=("width", "depth"), default="width")
-  parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64, 128],
+  parser.add_argument("--sizes", type=positive, nargs="+", default=[32, 64, 128],
                       help="the first is the proxy; widths are multiples of 16")
-  parser.add_argument("--width", type=int, default=64, help="where depth is swept")
-  parser.add_argument("--depth", type=int, default=2, help="where width is swept")
+  parser.add_argument("--width", type=positive, default=64, help="where depth is swept")
+  parser.add_argument("--depth", type=positive, default=2, help="where width is swept")
   parser.add_argument("--rules", nargs="+", default=["standard", "mup"],
                       choices=("standard", "mup", "completep"))
   parser.add_argument("--rates", type=float, nargs="+",
                       default=[2.0**-n for n in range(10, 3, -1)])
-  parser.add_argument("--steps", type=int, default=150)
-  parser.add_argument("--sequences", type=int, default=16)
-  parser.add_argument("--seq-len", type=int, default=64)
-  parser.add_argument("--seeds", type=int, default=1)
+  parser.add_argument("--steps", type=positive, default=150)
+  parser.add_argument("--sequences", type=positive, default=16)
+  parser.add_argument("--seq-len", type=positive, default=64)
+  parser.add_argument("--seeds", type=positive, default=1)
   args = parser.parse_args()
 
   started = time.perf_counter()
@@ -139,4 +140,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  as_script(main)

@@ -8,6 +8,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+from chinchilla_jax.errors import UserError, as_script  # noqa: E402
 from chinchilla_jax.training.run_folder import RunFolder  # noqa: E402
 
 
@@ -21,6 +22,8 @@ def main() -> None:
   records = RunFolder(args.run).read_metrics()
   train = [r for r in records if r["kind"] == "train"]
   evals = [r for r in records if r["kind"] == "eval"]
+  if not train or not evals:
+    raise UserError(f"{args.run} has no evaluation in its metrics.jsonl; give a run's folder")
   to_bits = evals[-1]["bits_per_byte"] / evals[-1]["loss"]  # Of the validation text.
 
   figure, axes = plt.subplots(figsize=(7.2, 3.8), dpi=120, layout="constrained")
@@ -47,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  as_script(main)

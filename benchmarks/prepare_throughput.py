@@ -22,6 +22,7 @@ from data_throughput import describe_machine
 
 from chinchilla_jax import config
 from chinchilla_jax.data import corpus, prepare, tokenizer, workers
+from chinchilla_jax.errors import as_script, positive
 
 _UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
 
@@ -63,9 +64,9 @@ def peak_mb() -> float:
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--megabytes", type=int, default=100)
-  parser.add_argument("--vocab-size", type=int, default=4096)
-  parser.add_argument("--repetitions", type=int, default=3)
+  parser.add_argument("--megabytes", type=positive, default=100)
+  parser.add_argument("--vocab-size", type=positive, default=4096)
+  parser.add_argument("--repetitions", type=positive, default=3)
   parser.add_argument("--measure", nargs=4, metavar=("STORE", "CORPUS", "MODEL", "WORKERS"),
                       help="make one store and print JSON (what this program calls itself with)")
   args = parser.parse_args()
@@ -100,4 +101,4 @@ def main():
 
 
 if __name__ == "__main__":
-  main()
+  as_script(main)

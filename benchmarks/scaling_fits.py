@@ -9,6 +9,7 @@
 Everything is seeded; only times differ from machine to machine.
 """
 
+import argparse
 import pathlib
 import sys
 import time
@@ -172,5 +173,9 @@ def ends() -> None:
 
 
 if __name__ == "__main__":
-  {"times": times, "coverage": coverage, "parabola": parabola, "mean": mean,
-   "ends": ends}[sys.argv[1]]()
+  measurements = {"times": times, "coverage": coverage, "parabola": parabola, "mean": mean,
+                  "ends": ends}
+  parser = argparse.ArgumentParser(description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("what", choices=measurements)
+  measurements[parser.parse_args().what]()

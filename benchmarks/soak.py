@@ -19,15 +19,16 @@ import time
 
 import numpy as np
 
+from chinchilla_jax.errors import as_script, positive
 from chinchilla_jax.training.run_folder import RunFolder
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--config", default="configs/smoke.py")
-  parser.add_argument("--steps", type=int, default=20_000)
-  parser.add_argument("--sequences", type=int, default=1, help="per step")
-  parser.add_argument("--every", type=int, default=50, help="steps between checkpoints")
+  parser.add_argument("--steps", type=positive, default=20_000)
+  parser.add_argument("--sequences", type=positive, default=1, help="per step")
+  parser.add_argument("--every", type=positive, default=50, help="steps between checkpoints")
   parser.add_argument("--workdir", help="kept afterwards; by default a temporary folder")
   args = parser.parse_args()
   with tempfile.TemporaryDirectory() as folder:
@@ -85,4 +86,4 @@ def report(samples: np.ndarray, workdir: pathlib.Path, steps: int) -> None:
 
 
 if __name__ == "__main__":
-  main()
+  as_script(main)

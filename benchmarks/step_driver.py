@@ -27,6 +27,8 @@ import statistics
 import sys
 import time
 
+from chinchilla_jax.errors import as_script, positive
+
 SHAPES = {
     "small": dict(n_layers=8, d_model=512, n_heads=8, head_dim=64, d_ff=2048, vocab=32000,
                   seq=1024, batch=4),
@@ -133,17 +135,21 @@ def main() -> None:
   parser.add_argument("--parameters", choices=["float32", "bfloat16"],
                       help="by default float32 for fp32 and bfloat16 with a master for bf16")
   parser.add_argument("--remat", choices=["none", "dots", "full"], default="dots")
-  parser.add_argument("--attention-block", type=int, default=128)
-  parser.add_argument("--chunk", type=int, default=1024, help="tokens of the loss at a time")
-  parser.add_argument("--batch", type=int, help="sequences, by default those of the shape")
-  parser.add_argument("--microbatches", type=int, help="by default 2 on a CPU, else 1")
+  parser.add_argument("--attention-block", type=int, default=128, help="0: all rows")
+  parser.add_argument("--chunk", type=int, default=1024,
+                      help="tokens of the loss at a time; 0: all")
+  parser.add_argument("--batch", type=positive, help="sequences, by default those of the shape")
+  parser.add_argument("--microbatches", type=positive, help="by default 2 on a CPU, else 1")
   parser.add_argument("--bias", action="store_true", help="the product's default: biases")
-  parser.add_argument("--steps", type=int, default=7)
+  parser.add_argument("--steps", type=positive, default=7)
   parser.add_argument("--warmup", type=int, default=2)
   parser.add_argument("--cache", action="store_true",
                       help="keep compiled programs and use kept ones, as `chinchilla train` does")
   parser.add_argument("--serve", action="store_true")
   args = parser.parse_args()
+  for name in ("attention_block", "chunk", "warmup"):
+    if getattr(args, name) < 0:
+      parser.error(f"argument --{name.replace('_', '-')}: allowed is 0 and more")
   from chinchilla_jax.training import heap
   gc.set_threshold(10_000, 20, 50)  # This and the heaps as `chinchilla train` has them.
   heap.few_arenas()
@@ -195,4 +201,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  as_script(main)

@@ -12,6 +12,8 @@ import re
 import subprocess
 import sys
 
+from chinchilla_jax.errors import UserError, as_script
+
 ROOT = pathlib.Path(__file__).parent.parent
 GIB = 2**30
 _70B = "--config=configs/chinchilla.py:70b"
@@ -108,8 +110,13 @@ def main() -> None:
   parser.add_argument("--only", default="", help="rows whose command contains this; writes nothing")
   parser.add_argument("--keep", default="build/tpu_table", help="folder of the rows' facts")
   args = parser.parse_args()
+  if not any(args.only in " ".join(words) for _, words in ROWS):
+    raise UserError(f"--only: no row's command contains {args.only!r}")
   kept = pathlib.Path(args.keep)
-  kept.mkdir(parents=True, exist_ok=True)
+  try:
+    kept.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"--keep: {kept} cannot be written ({error.strerror})") from error
   lines, commands = [], []
   for name, words in ROWS:
     if args.only not in " ".join(words):
@@ -126,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  as_script(main)
