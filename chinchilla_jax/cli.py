@@ -12,6 +12,7 @@ import gc
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -60,6 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _run(argv[0], argv[1:])
   except UserError as error:
     print(f"chinchilla {argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+  except (RuntimeError, AssertionError) as error:
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    platforms = os.environ.get("JAX_PLATFORMS")
+    if not platforms or not frame.f_code.co_filename.endswith("xla_bridge.py"):
+      raise
+    why = f" ({' '.join(str(error).partition(' (')[0].split())})" if str(error) else ""
+    print(f"chinchilla {argv[0]}: JAX_PLATFORMS={platforms}: JAX finds no such device here{why}; "
+          "unset it, or say cpu", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print(f"\nchinchilla {argv[0]}: interrupted", file=sys.stderr)

@@ -1,7 +1,9 @@
+import os
 import subprocess
 import sys
 
 import pytest
+from tiny import ROOT
 
 from chinchilla_jax import cli
 
@@ -42,6 +44,17 @@ def test_a_users_mistake_is_one_line_and_status_2(words, expected, tmp_path, mon
   assert captured.err.startswith("chinchilla ") and captured.err.count("\n") == 1
   assert expected in captured.err
   assert list(tmp_path.iterdir()) == [], "nothing may be written"
+
+
+@pytest.mark.parametrize("platforms", ["rocm", "bogus"])
+def test_a_platform_that_is_not_here(platforms):
+  done = subprocess.run(
+      [sys.executable, "-m", "chinchilla_jax", "compile", "--config=configs/smoke.py"],
+      capture_output=True, text=True, cwd=ROOT,
+      env=os.environ | {"JAX_PLATFORMS": platforms, "PYTHONPATH": str(ROOT)})
+  assert done.returncode == 2 and done.stdout == ""
+  (line,) = done.stderr.splitlines()
+  assert line.startswith(f"chinchilla compile: JAX_PLATFORMS={platforms}: JAX finds no such device")
 
 
 def test_config_flags():
