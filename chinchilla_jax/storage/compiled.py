@@ -26,6 +26,7 @@ from chinchilla_jax.errors import UserError
 VARIABLE = "CHINCHILLA_COMPILED"
 LIMIT = 2 * 2**30      # Bytes.
 _WORTH = 0.1           # Seconds of compiling from which a program is kept.
+_OFF = ("off", "0", "no", "none", "false")  # Nobody means a folder of such a name.
 _OF_THE_DISK = ("OSError", "FileNotFoundError", "PermissionError", "Timeout", "NotImplementedError",
                 "BlockingIOError", "NotADirectoryError", "IsADirectoryError", "InterruptedError")
 
@@ -40,7 +41,7 @@ def keep() -> None:
     UserError: the folder that CHINCHILLA_COMPILED names cannot be written.
   """
   named = os.environ.get(VARIABLE, "").strip()
-  if named.lower() == "off" or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+  if named.lower() in _OFF or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     return
   if "://" in named:
     raise UserError(f"{VARIABLE}: {named} is no folder on a disk; name one, or say off")
