@@ -93,7 +93,7 @@ class _AtOnce:
     self.undo: list[Callable[[int], object]] = []
     self._command, self._why = command, why
     self._lock = threading.RLock()  # Held while the process goes, and while it must not.
-    self._active = True
+    self._active, self._held = True, False
     read, write = os.pipe()
     os.set_blocking(write, False)  # A handler may not wait.
     self._pipe = read, write
@@ -117,13 +117,14 @@ class _AtOnce:
     """What comes in this block is for other handlers."""
     with self._lock:
       active, self._active = self._active, False
+      self._held = active
       if active:
         signal.set_wakeup_fd(-1)
     try:
       yield
     finally:
       with self._lock:
-        self._active = active
+        self._active, self._held = active, False
         if active:
           signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
 
@@ -142,6 +143,8 @@ class _AtOnce:
       with self._lock:
         if self._active and number[0] in SIGNALS:
           self._go(number[0])
+        elif self._held:  # It came right before that.
+          os.kill(os.getpid(), number[0])
     os.close(read)
 
   def _go(self, number: int) -> None:
