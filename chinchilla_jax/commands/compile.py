@@ -92,7 +92,8 @@ def _text(experiment, report, name: str) -> str:
   axes = " x ".join(f"{axis} {n}" for axis, n in report.mesh_shape.items() if n > 1)
   tokens = report.sequences * report.seq_len
   lines = [
-      f"{experiment.name} on {name}: {report.devices:,} devices ({report.device_kind}), mesh "
+      f"{experiment.name} on {name}: {report.devices:,} device{'s' if report.devices > 1 else ''} "
+      f"({report.device_kind}), mesh "
       f"{axes or 'of one'}, strategy {experiment.mesh.strategy}",
       f"batch {report.sequences:,} x {report.seq_len:,} = {tokens:,} tokens in "
       f"{report.microbatches} microbatch{'es' if report.microbatches > 1 else ''}, remat "

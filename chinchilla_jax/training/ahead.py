@@ -150,7 +150,11 @@ def compile_step(experiment: schema.Experiment, found: Sequence[Any],
   chip = topology.chip_of(found[0].device_kind)
   text = compiled.as_text()
   if hlo_file:
-    pathlib.Path(hlo_file).write_text(text)
+    try:
+      pathlib.Path(hlo_file).write_text(text)
+    except OSError as error:  # A full disk, say.
+      raise UserError(f"--hlo: {hlo_file} cannot be written ({error.strerror}); choose another "
+                      "place") from error
   module = hlo_text.parse(text)
   program = hlo.analyse(module, dict(made.shape))
   tokens = sequences * seq_len
@@ -181,12 +185,14 @@ def _memory(compiled, layout: Layout, state, batch, chip) -> dict[str, int | Non
     groups[group] += entry.bytes_per_device(layout.mesh.shape)
   held = compiled.memory_analysis()
   share = layout.placement.shards("batch")
+  arguments, temporaries = held.argument_size_in_bytes, held.temp_size_in_bytes
+  peak = held.peak_memory_in_bytes
+  if peak < max(arguments, temporaries):  # Not known, or a CPU's, which leaves temporaries out.
+    peak = arguments + temporaries
   return groups | {
       "batch": sum(a.size * a.dtype.itemsize for a in batch.values()) // share,
-      "arguments": held.argument_size_in_bytes,
-      "temporaries": held.temp_size_in_bytes,
-      "program": held.generated_code_size_in_bytes,
-      "peak": held.peak_memory_in_bytes or held.argument_size_in_bytes + held.temp_size_in_bytes,
+      "arguments": arguments, "temporaries": temporaries,
+      "program": held.generated_code_size_in_bytes, "peak": peak,
       "capacity": chip and chip.hbm_bytes_per_device}
 
 
