@@ -247,7 +247,7 @@ def leg(run: Run, begin: start.Start) -> Outcome:
         hang, max(hang, _COMPILING), lambda: f"last completed step {record.done:,}",
         note_hang if processes.is_main() else lambda text: None))
     profiler = profiling.Profiler(
-        experiment.profile if processes.is_main() else schema.Profile(), folder.profile, say)
+        experiment.profile, folder.profile if processes.is_main() else None, say)
     stack.callback(profiler.close)
     stack.enter_context(jax.transfer_guard("disallow"))
 
@@ -304,21 +304,19 @@ def leg(run: Run, begin: start.Start) -> Outcome:
       if record.stop_signal:
         break
       leaving.no_longer()  # What this step learns is to be saved.
-      profiler.before(step + 1, state)
+      profiler.before(step + 1, state, record)
       state, values = run.step(state, batch, processes.vote(layout.mesh, run.ballot()))
       step += 1
-      traced = profiler.after(step, state)
       record.step(step, values)
+      profiler.after(step, state, record)
       watchdog.beat()
 
       evaluates = step == total_steps or (evaluate_every and step % evaluate_every == 0)
       saves = step == total_steps or (save_every and step % save_every == 0)
-      if evaluates or saves or traced or record.stop_signal:
+      if evaluates or saves or record.stop_signal:
         record.pause()  # From here, what is known of this step is known.
       if record.rollback:
         break
-      if traced:
-        record.resume()
       if evaluates:
         owed += ["evaluation", "sample"][:1 + bool(experiment.evaluation.sample_tokens)]
       if saves or record.stop_signal:

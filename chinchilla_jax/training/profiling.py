@@ -19,6 +19,7 @@ from chinchilla_jax import config as schema
 from chinchilla_jax.errors import UserError
 from chinchilla_jax.storage import objects, paths
 from chinchilla_jax.storage.paths import Place, Remote
+from chinchilla_jax.training import recorder
 
 
 def steps(config: schema.Profile) -> tuple[int, int] | None:
@@ -43,27 +44,51 @@ def refuse(config: schema.Profile, total_steps: int) -> None:
 class Profiler:
   """Traces the steps that a config names, those that this process takes.
 
+  Before the first of them and after the last one the records are paused, so that no step's time has
+  the profiler's in it. So they are in every process, whether it traces or not: one that read a
+  step's outcome sooner than the others would also stop sooner.
+
   Args:
     config: which steps.
-    folder: where the trace goes, on a disk or in a bucket.
+    folder: where the trace goes, on a disk or in a bucket; None: another process traces.
     say: takes a line for the console.
   """
 
-  def __init__(self, config: schema.Profile, folder: Place, say: Callable[[str], None]):
+  def __init__(self, config: schema.Profile, folder: Place | None, say: Callable[[str], None]):
     self._wanted, self._folder, self._say = steps(config), folder, say
     self._scratch: paths.Scratch | None = None
-    self._running, self._last = False, 0
+    self._begun = self._running = False
+    self._last = 0
 
-  def before(self, step: int, ready: Any) -> None:
+  def before(self, step: int, ready: Any, record: recorder.Recorder) -> None:
     """Starts the trace if it starts with this step; `ready` is what the step before made."""
-    if self._wanted is None or self._running or step < self._wanted[0]:
+    if self._wanted is None or self._begun or step < self._wanted[0]:
       return
     if step > self._wanted[1]:  # Only where a run resumes behind them.
-      self._say(f"no trace: steps {self._wanted[0]:,} to {self._wanted[1]:,} of "
-                f"config.profile.steps were over before step {step:,}")
+      if self._folder is not None:
+        self._say(f"no trace: steps {self._wanted[0]:,} to {self._wanted[1]:,} of "
+                  f"config.profile.steps were over before step {step:,}")
       self._wanted = None
       return
-    jax.block_until_ready(ready)
+    self._begun = True
+    record.pause()
+    if self._folder is not None:
+      jax.block_until_ready(ready)
+      self._start()
+    record.resume()
+
+  def after(self, step: int, ready: Any, record: recorder.Recorder) -> None:
+    """Ends the trace if it ends with this step, which made `ready`."""
+    self._last = step
+    if not self._begun or step != self._wanted[1]:
+      return
+    record.pause()
+    if self._running:
+      jax.block_until_ready(ready)
+      self.close()
+    record.resume()
+
+  def _start(self) -> None:
     try:
       if isinstance(self._folder, Remote):
         self._scratch = paths.Scratch()
@@ -75,21 +100,11 @@ class Profiler:
     except Exception as error:  # Whatever it is, the run goes on.
       self._give_up(error)
 
-  def after(self, step: int, ready: Any) -> bool:
-    """Ends the trace if it ends with this step, which made `ready`; whether it did."""
-    self._last = step
-    if not self._running or step < self._wanted[1]:
-      return False
-    jax.block_until_ready(ready)
-    self.close()
-    return True
-
   def close(self) -> None:
     """Ends a trace that a stop cut short."""
     if not self._running:
       return
     self._running, first = False, self._wanted[0]
-    self._wanted = None
     try:
       jax.profiler.stop_trace()
       if self._scratch is not None:
@@ -107,6 +122,5 @@ class Profiler:
     return self._folder if self._scratch is None else self._scratch.path
 
   def _give_up(self, error: Exception) -> None:
-    self._wanted = None
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     self._say(f"no trace: {reason}")

@@ -59,6 +59,40 @@ def test_a_run_traces_its_steps_and_computes_the_same(tiny, tiny_run, tmp_path):
   assert kept(tmp_path / "run") == kept(tiny_run[1])
 
 
+class Record:
+  """Stands in for the recorder; knows after which step something happened."""
+
+  def __init__(self):
+    self.happened = []
+    self.pause, self.resume, self.start, self.stop = (
+        lambda name=name: self.happened.append((name, self.step))
+        for name in ("pause", "resume", "start", "stop"))
+
+
+@pytest.mark.parametrize("trace", ["made", "not made", "another process's"])
+def test_all_processes_pause_at_the_same_steps(tmp_path, monkeypatch, trace):
+  """Else one would read the outcome of a vote a step before the others, and leave them. And what
+  the profiler takes to start and to write is in no step's time."""
+  record = Record()
+
+  def start_trace(*unused, **more):
+    if trace == "not made":
+      raise RuntimeError("no")
+    record.start()
+
+  monkeypatch.setattr(jax.profiler, "start_trace", start_trace)
+  monkeypatch.setattr(jax.profiler, "stop_trace", record.stop)
+  folder = None if trace == "another process's" else tmp_path
+  profiler = profiling.Profiler(schema.Profile(steps="3-4"), folder, lambda text: None)
+  for step in range(1, 7):
+    profiler.before(step, jax.numpy.zeros(()), record)
+    record.step = step
+    profiler.after(step, jax.numpy.zeros(()), record)
+  assert record.happened == [
+      (what, step) for step, does in ((2, "start"), (4, "stop"))
+      for what in ("pause", *[does] * (trace == "made"), "resume")]
+
+
 def test_the_end_of_the_run_ends_the_trace(tiny, tmp_path):
   short = dataclasses.replace(tiny, run_length="3 steps")
   assert "trace of steps 2 to 3 in" in train(short, "2-9", tmp_path / "run")
@@ -91,8 +125,8 @@ def test_steps_before_a_resume_are_said_once(tmp_path):
   said = []
   profiler = profiling.Profiler(schema.Profile(steps="3-4"), tmp_path / "profile", said.append)
   for step in (9, 10):
-    profiler.before(step, None)
-    assert not profiler.after(step, None)
+    profiler.before(step, None, None)
+    profiler.after(step, None, None)
   profiler.close()
   assert said == ["no trace: steps 3 to 4 of config.profile.steps were over before step 9"]
   assert not (tmp_path / "profile").exists()
