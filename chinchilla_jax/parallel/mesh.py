@@ -41,8 +41,8 @@ def sizes(config: schema.Mesh, n_devices: int, n_slices: int = 1) -> dict[str, i
   if n_devices % others or (config.data and others * config.data != n_devices):
     product = others * (config.data or 1)
     raise UserError(f"{where} does not make {n_devices} devices (got {product}"
-                    f"{'' if config.data else ' x data'}); change an axis, or set "
-                    "config.mesh.data to 0")
+                    f"{'' if config.data else ' x data'}); change an axis"
+                    f"{', or set config.mesh.data to 0' if config.data else ''}")
   data = n_devices // others
   if slices < n_slices and data % n_slices:
     raise UserError(f"{where}: data {data} does not divide among {n_slices} slices; set "

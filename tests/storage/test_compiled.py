@@ -96,6 +96,19 @@ def full(path, data):
   assert "cannot be kept in" in line and "No space left" in line and "or off" in line
 
 
+def test_processes_that_share_a_folder_do_not_disturb_each_other(tmp_path):
+  plain = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION")}
+  at_once = [subprocess.Popen(
+      [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+      env={**plain, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
+           "CHINCHILLA_COMPILED": str(tmp_path)}) for _ in range(3)]
+  ended = [(*process.communicate(), process.returncode) for process in at_once]
+  assert {(err, status) for _, err, status in ended} == {("", 0)}
+  results = {out.split()[1] for out, _, _ in ended}
+  hits, result = run(CHINCHILLA_COMPILED=str(tmp_path))
+  assert hits == len(entries(tmp_path)) > 0 and results == {result}
+
+
 def test_off_and_jax_own_setting_keep_nothing_here(tmp_path):
   run(CHINCHILLA_COMPILED="off", XDG_CACHE_HOME=str(tmp_path))
   assert not list(tmp_path.iterdir())
