@@ -16,12 +16,13 @@ from chinchilla_jax.kernels.relative_tpu import relative_attention
 from chinchilla_jax.model import blockwise
 from chinchilla_jax.model.placement import WHOLE, Rows
 
-SEEDS = range(5)  # 0 to 50 were run once.
+SEEDS = (0, 7, 9, 13, 25, 31)  # One token; plain; alike ones; the largest scores; tokens apart.
 NAMES = ("out", "dq", "dk", "dv", "dr", "du", "dv bias")
 
 
 def exact(q, k, v, relative, segments_bt, divisor, grad):
-  """(out, dq, dk, dv[, dr, du, dv bias]) of one dense softmax, float64."""
+  """(out, dq, dk, dv[, dr, du, dv bias]) of one dense softmax, float64; its largest score; and the
+  size of the terms that gradients are sums of."""
   q, k, v, grad = (np.asarray(x, np.float64) for x in (q, k, v, grad))
   t = q.shape[2]
   i, j = np.indices((t, t))
@@ -35,6 +36,7 @@ def exact(q, k, v, relative, segments_bt, divisor, grad):
   scores = np.einsum("hbik,hbjk->hbij", content, k)
   if relative is not None:
     scores += np.einsum("hbik,hijk->hbij", position, keys)
+  largest = np.abs(scores).max(where=np.broadcast_to(seen, scores.shape), initial=0) / divisor
   scores = np.where(seen, scores / divisor, -np.inf)
   weights = np.exp(scores - scores.max(-1, keepdims=True))
   weights /= weights.sum(-1, keepdims=True)
@@ -51,7 +53,9 @@ def exact(q, k, v, relative, segments_bt, divisor, grad):
     np.add.at(d_r, (slice(None), at), d_keys)
     found[1] = d_content + d_position
     found += [d_r, d_content.sum((1, 2)), d_position.sum((1, 2))]
-  return found
+  row = lambda x: np.linalg.norm(x, axis=-1).max()
+  terms = row(k) if relative is None else max(row(k), row(r), row(content), row(position))
+  return found, largest, np.linalg.norm(grad) * row(v) * max(terms, row(content)) / divisor
 
 
 def draw(seed, head_sizes=(1, 3, 8, 12, 96), longest=70):
@@ -77,11 +81,13 @@ def check(f, arrays, relative, segments_bt, divisor, grad):
     out, pull = jax.vjp(f, *arrays)
     return out, pull(grad)
   got = jax.tree.leaves(jax.jit(run)((*arrays, relative), grad))
-  want = exact(*arrays, relative, segments_bt, divisor, grad)
+  want, largest, terms = exact(*arrays, relative, segments_bt, divisor, grad)
   for name, x, y in zip(NAMES[:len(want)], got, want, strict=True):
     assert x.shape == y.shape and x.dtype == jnp.float32, name
-    error = np.linalg.norm(np.asarray(x, np.float64) - y)
-    assert error < 1e-5 * max(1.0, np.linalg.norm(y)), (name, error, np.linalg.norm(y))
+    error, size = np.linalg.norm(np.asarray(x, np.float64) - y), np.linalg.norm(y)
+    # Float32 knows a weight no better than its score. A gradient may be 0 because large terms
+    # cancel, as where a token sees none but itself: what is left of them is rounding.
+    assert error < 1e-5 * max(1.0, largest) * size + 5e-7 * terms, (name, error, size, terms)
 
 
 @pytest.mark.parametrize("position", ["relative", "rotary"])
