@@ -49,8 +49,8 @@ _UPDATES = ("dynamic-update-slice", "scatter")
 class Collective:
   """One collective instruction.
 
-  `axes` are in the order of the mesh; () for groups of one device, ("?",) for groups that no
-  set of axes makes. `payload_bytes` is the full array of one execution, `wire_bytes` what a
+  `axes` are in the order of the mesh; () for groups of one device, ("?",) for groups that lie
+  along no set of axes. `payload_bytes` is the full array of one execution, `wire_bytes` what a
   device sends in a step. `asynchronous`: it has a start and a done, so other work may hide
   it. `where` is the tail of the source's op_name. `overlaps`: there is such work, see
   `hlo_overlap`.
@@ -366,7 +366,10 @@ def _where(i: Instruction) -> str:
 @functools.lru_cache(maxsize=4096)
 def _axes_of(groups: tuple[tuple[int, ...], ...],
              mesh_shape: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
-  """The mesh axes whose devices form these groups; ("?",) where no set of axes does."""
+  """The mesh axes along which these groups lie; ("?",) where no set of axes does.
+
+  They are all devices along those axes, or some along one: a scatter over lines of it.
+  """
   names, sizes = [name for name, _ in mesh_shape], [size for _, size in mesh_shape]
   if len(set(map(len, groups))) != 1:
     return ("?",)
@@ -376,6 +379,7 @@ def _axes_of(groups: tuple[tuple[int, ...], ...],
   where = np.array(np.unravel_index(ids, sizes))
   varies = (where != where[:, :, :1]).any(2)
   axes = [n for n in range(len(names)) if varies[n, 0]]
-  if (varies != varies[:, :1]).any() or math.prod(sizes[n] for n in axes) != ids.shape[1]:
+  whole = math.prod(sizes[n] for n in axes) == ids.shape[1]
+  if (varies != varies[:, :1]).any() or not (whole or len(axes) == 1):
     return ("?",)
   return tuple(names[n] for n in axes)

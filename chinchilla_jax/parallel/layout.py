@@ -16,7 +16,7 @@ from chinchilla_jax.errors import UserError
 from chinchilla_jax.kernels import choice
 from chinchilla_jax.model import transformer
 from chinchilla_jax.model.placement import Placement
-from chinchilla_jax.parallel import compiler_flags, rules
+from chinchilla_jax.parallel import compiler_flags, rules, scatter
 
 Tree = Any
 BATCH = ("inputs_bt", "targets_bt", "segments_bt", "weights_bt")
@@ -136,7 +136,9 @@ class Layout:
       if in_layer(path):  # One layer's: the leading axis is gone.
         shape, names, spec = shape[1:], names[1:], PartitionSpec(*spec[1:])
       kept = rules.resolve(shape, names, _over_tensor(self._strategy.parameters), self._shape)
-      return _use(self._named(kept.spec), self._named(spec), self._dtype)
+      at_use, gradient = self._named(kept.spec), self._named(spec)
+      lines = scatter.by_lines(gradient) if len(shape) > 1 else None  # Vectors are soon sent.
+      return _use(at_use, gradient, self._dtype, lines)
 
     return {path: jax.tree.map(functools.partial(place, path), abstract[path], names[path],
                                self._gradients[path]) for path in abstract}
@@ -174,7 +176,8 @@ def _over_tensor(table: rules.Rules) -> rules.Rules:
   return tuple(rule for rule in table if rule[1] == ("tensor",))
 
 
-def _use(at_use: NamedSharding, gradient: NamedSharding, dtype: str) -> Callable:
+def _use(at_use: NamedSharding, gradient: NamedSharding, dtype: str,
+         lines: scatter.Lines | None) -> Callable:
   """w -> w laid out for use, whose gradient is laid out like the optimizer's state."""
 
   @jax.custom_vjp
@@ -182,13 +185,15 @@ def _use(at_use: NamedSharding, gradient: NamedSharding, dtype: str) -> Callable
     # Whatever dtype the gradient is to have, what travels has the dtype of the parameters.
     return jax.lax.with_sharding_constraint(w.astype(dtype), at_use).astype(w.dtype)
 
-  def scatter(_, g):
+  def settle(_, g):
+    if lines is not None:
+      return (jax.lax.with_sharding_constraint(lines(g), gradient),)
     # First as the product makes it, then cut. Asked for the cut at once, the partitioner gathers
     # the batch instead where context and tensor are both cut.
     g = jax.lax.with_sharding_constraint(g, at_use)
     return (jax.lax.with_sharding_constraint(g, gradient),)
 
-  place.defvjp(lambda w: (place(w), None), scatter)
+  place.defvjp(lambda w: (place(w), None), settle)
   return place
 
 
