@@ -30,8 +30,8 @@ class Placement:
     shards: into how many pieces an activation axis is cut.
     weights: (path, tree) -> tree; the weights at `path` ("blocks", without the layers axis, or
       "embedding", "final_norm") as a layer needs them.
-    first: (x, weights) -> (x, weights), the same numbers; going backward, the gradient of x waits
-      until that of the weights has been handed on.
+    first: (x, weights) -> (x, weights), the same numbers; what is made of the weights waits for x.
+      Going backward, the gradient of x waits until that of the weights has been handed on.
     attend: causal attention by a kernel, (q_hbtk, k_hbtk, v_hbtk, (r_hnk, u_hk, v_hk) or None,
       segments_bt or None, divisor, name for remat policies) -> out_hbtk; None: the model's own.
   """

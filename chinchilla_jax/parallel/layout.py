@@ -199,11 +199,11 @@ def _use(at_use: NamedSharding, gradient: NamedSharding, dtype: str,
 
 @jax.custom_vjp
 def _first(x: jax.Array, tree: Tree) -> tuple[jax.Array, Tree]:
-  """`Placement.first`: gradients behind one barrier, so that no scheduler puts the second off."""
-  return x, tree
+  """`Placement.first`: a barrier each way, so that no scheduler puts the second off."""
+  return jax.lax.optimization_barrier((x, tree))
 
 
-_first.defvjp(lambda x, tree: ((x, tree), None),
+_first.defvjp(lambda x, tree: (jax.lax.optimization_barrier((x, tree)), None),
               lambda _, grads: jax.lax.optimization_barrier(grads))
 
 

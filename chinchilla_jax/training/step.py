@@ -29,8 +29,8 @@ def loss_sums(experiment: schema.Experiment, params: Any, batch: Batch,
            for name, a in batch.items()}
   x_btd = transformer.hidden(experiment.model, params, batch["inputs_bt"], batch["segments_bt"],
                              jnp.dtype(experiment.precision.activations), placement)
-  # The loss leaves a float32 gradient of the whole table on every device. Scattered at once, it
-  # does not lie beside the layers' backward pass.
+  # The loss has the whole table on every device, and leaves its whole gradient in float32. Neither
+  # lies beside the layers: gathered once more after them, scattered before their backward pass.
   x_btd, embedding = placement.first(x_btd, params["embedding"])
   embedding = placement.weights("embedding", embedding)
   return loss.cross_entropy(

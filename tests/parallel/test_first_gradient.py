@@ -1,4 +1,4 @@
-"""`Placement.first`: which gradient is handed on before the layers' backward pass begins."""
+"""`Placement.first`: what waits for the layers, and which gradient goes before theirs."""
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,14 @@ def test_the_numbers_are_the_same():
   x, w = jnp.arange(4.0), jnp.arange(4.0) + 1
   for one, other in zip(gradient(placement(1))(x, w), gradient(placement(8))(x, w), strict=True):
     np.testing.assert_array_equal(one, other)
+
+
+def test_weights_wait_for_x():
+  def value(found):
+    return str(jax.make_jaxpr(lambda x, w: found.first(x, w))(jnp.arange(4.0), jnp.arange(4.0)))
+
+  assert "optimization_barrier" in value(placement(8))
+  assert "optimization_barrier" not in value(placement(1))
 
 
 def test_only_several_devices_wait():
