@@ -1,8 +1,8 @@
 """The command line. A command's module is imported only when the command is asked for.
 
 Exit status: 0 done; 2 something the user can mend (one line on stderr says what); 75 preempted
-(SIGTERM, saved) or hung, run the same command again; 130 ended by Ctrl-C, saved; 143 ended by
-SIGTERM when there was nothing to save (`leaving`), as 130 may be.
+(SIGTERM, saved) or hung, run the same command again; 130 ended by Ctrl-C, saved. Before `train` has
+taken a step there is nothing to save (`leaving`); other commands end with 143 after a SIGTERM.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from chinchilla_jax import __version__, leaving
-from chinchilla_jax.errors import UserError
+from chinchilla_jax.errors import AGAIN, UserError
 
 COMMANDS = {
     "prepare": "turn text into a tokenizer and a token store",
@@ -32,11 +32,13 @@ COMMANDS = {
     "report": "one page with the curves and figures of these runs",
 }
 
-# Commands that compile, with what is said when a signal ends them before anything is to be saved.
+# Commands that compile: what is said when a signal ends them before anything is to be saved, and
+# the exit status after a SIGTERM if not 143.
 _AT_ONCE = {
-    "train": "ended by {} before a step was taken: nothing to save, the same command starts again",
-    "compile": leaving.INTERRUPTED, "evaluate": leaving.INTERRUPTED,
-    "generate": leaving.INTERRUPTED,
+    "train": ("ended by {} before a step was taken: nothing to save, the same command starts again",
+              AGAIN),
+    "compile": (leaving.INTERRUPTED,), "evaluate": (leaving.INTERRUPTED,),
+    "generate": (leaving.INTERRUPTED,),
 }
 
 _CONFIG_HELP = """\
@@ -89,7 +91,7 @@ def leave() -> NoReturn:
   # and again for garbage, 0.3 s of a start (docs/performance.md).
   gc.set_threshold(10_000, 20, 50)
   command = sys.argv[1] if len(sys.argv) > 1 else ""
-  with (leaving.at_once(command, _AT_ONCE[command]) if command in _AT_ONCE
+  with (leaving.at_once(command, *_AT_ONCE[command]) if command in _AT_ONCE
         else contextlib.nullcontext()):
     _leave()
 

@@ -8,7 +8,8 @@ whatever the main thread does; a thread reads it and ends the process.
     undo(...)              what is to be done before that
     no_longer()            from here on, signals are left to whoever else handles them
 
-The exit status is 128 and the signal's number, as a shell says it: 130 and 143.
+The exit status is 128 and the signal's number, as a shell says it: 130 and 143; or, after a
+SIGTERM, another that the command asks for.
 """
 
 import contextlib
@@ -26,7 +27,8 @@ _leaving: "_AtOnce | None" = None
 
 
 @contextlib.contextmanager
-def at_once(command: str, why: str = INTERRUPTED) -> Iterator[None]:
+def at_once(command: str, why: str = INTERRUPTED,
+            terminated: int = 128 + signal.SIGTERM) -> Iterator[None]:
   """Signals end the process from here to the end of the block, or to `no_longer`.
 
   Outside the main thread, where Python allows no handlers, it does nothing.
@@ -34,12 +36,13 @@ def at_once(command: str, why: str = INTERRUPTED) -> Iterator[None]:
   Args:
     command: of the command line, for the one line on stderr.
     why: what the line says, {} for the signal.
+    terminated: the exit status after a SIGTERM.
   """
   global _leaving
   if threading.current_thread() is not threading.main_thread():
     yield
     return
-  _leaving = _AtOnce(command, why)
+  _leaving = _AtOnce(command, why, terminated)
   try:
     yield
   finally:
@@ -89,9 +92,9 @@ def by_exception(command: str) -> Iterator[None]:
 class _AtOnce:
   """The thread, the pipe and the handlers."""
 
-  def __init__(self, command: str, why: str):
+  def __init__(self, command: str, why: str, terminated: int):
     self.undo: list[Callable[[int], object]] = []
-    self._command, self._why = command, why
+    self._command, self._why, self._terminated = command, why, terminated
     self._lock = threading.RLock()  # Held while the process goes, and while it must not.
     self._active, self._held = True, False
     read, write = os.pipe()
@@ -148,7 +151,8 @@ class _AtOnce:
     os.close(read)
 
   def _go(self, number: int) -> None:
-    last = threading.Timer(_WORDS, os._exit, (128 + number,))
+    status = self._terminated if number == signal.SIGTERM else 128 + number
+    last = threading.Timer(_WORDS, os._exit, (status,))
     last.daemon = True
     last.start()
     for do in reversed(self.undo):
@@ -157,7 +161,7 @@ class _AtOnce:
     _say(self._command, self._why, number)
     with contextlib.suppress(Exception):
       sys.stdout.flush()
-    os._exit(128 + number)
+    os._exit(status)
 
 
 def _say(command: str, why: str, number: int) -> None:

@@ -292,8 +292,7 @@ def _ended(child: _Child, retries: int, stopping: bool) -> bool:
 
 def _words(code: int) -> str:
   if code >= 0:
-    return {75: "preempted or hung (status 75)", 130: "stopped by Ctrl-C",
-            143: "stopped by SIGTERM before its first step"}.get(
+    return {75: "preempted or hung (status 75)", 130: "stopped by Ctrl-C"}.get(
         code, f"ended with status {code}")
   try:
     return f"killed by {signal.Signals(-code).name}"
