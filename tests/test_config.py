@@ -134,6 +134,18 @@ def test_chinchilla_70b_is_the_papers():
   assert made.batch.ramp == (("50%", 1536),)
 
 
+def test_chinchilla_70b_has_a_layout_for_each_chip():
+  base = load(config=str(ROOT / "configs/chinchilla.py:70b"))
+  by_chip = {chip: load(config=str(ROOT / f"configs/chinchilla.py:70b,{chip}"))
+             for chip in ("v4", "v5p", "v6e")}
+  assert by_chip["v4"] == base and len(set(by_chip.values())) == 3
+  for made in by_chip.values():
+    assert config_io.differences(made, base, "identity") == []
+  for argument in ("70b,v5", "70b,", "74m,v4"):
+    with pytest.raises(UserError, match="no layout for .*70b,v6e"):
+      load(config=str(ROOT / f"configs/chinchilla.py:{argument}"))
+
+
 def test_fingerprints_follow_the_class_of_the_changed_field():
   made = schema.Experiment()
   layout = with_fields(made, model__attention_block=64)
