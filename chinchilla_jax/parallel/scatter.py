@@ -39,8 +39,7 @@ class Lines:
 
 
 def by_lines(cut: NamedSharding) -> Lines | None:
-  """The steps to a sharding that cuts one axis over all chips of a TPU slice that is a torus of
-  three dimensions; else None."""
+  """The steps to a sharding that cuts one axis over all chips of a TPU slice; else None."""
   mesh = cut.mesh
   axis = [n for n, axes in enumerate(rules.axes_of(cut.spec)) if axes == ("data",)]
   if not axis or not isinstance(mesh, jax.sharding.Mesh) or mesh.shape["data"] < mesh.size:
@@ -49,8 +48,6 @@ def by_lines(cut: NamedSharding) -> Lines | None:
   slices = {getattr(device, "slice_index", None) or 0 for device in devices}
   if devices[0].platform != "tpu" or len(slices) > 1:
     return None
-  if any(len({device.coords[dim] for device in devices}) == 1 for dim in range(3)):
-    return None  # Two dimensions (v5e, v6e): other algorithms, not looked at yet.
   length = line(devices)
   if length in (1, mesh.size) or mesh.size % length:
     return None

@@ -39,7 +39,7 @@ def only(text: str, mesh: dict[str, int]) -> hlo.Collective:
     ("mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", ("data",), 4),
     ("mesh['a'=2,'b'=4], device_ids=(0,2,4,6,1,3,5,7) {'b'}", ("data",), 4),
     ("{{0,3},{1,2},{4,7},{5,6}}", ("?",), 2),  # Pairs that no axis makes.
-    ("[4,2]<=[2,4]T(1,0)", ("?",), 2),  # Half of an axis.
+    ("[4,2]<=[2,4]T(1,0)", ("data",), 2),  # Half of an axis.
     ("{{0,1},{2,4},{3,5},{6,7}}", ("?",), 2),
     ("{{0,1,2,3},{4,5},{6,7}}", ("?",), 4),
 ])
