@@ -56,6 +56,7 @@ use_global_device_ids=true, dimensions={0}, to_apply=%add
   assert found.axes == ("tensor",)
 
 
+@pytest.mark.tpu_topology
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"),
                     reason="libtpu is not installed; make test installs it")
 def test_libtpu_scatters_over_a_whole_slice():

@@ -20,6 +20,18 @@ EXACT = ("kind", "step", "tokens", "epoch", "flops_6nd", "loss", "grad_norm", "p
          "update_norm", "learning_rate", "targets", "bits_per_byte", "what", "batch",
          "prompt", "text")
 
+# A prelude: SIGTERM comes while step 6 is computed.
+STOP_AT_6 = """
+import os, signal
+from chinchilla_jax.parallel import processes
+_vote = processes.vote
+def vote(mesh, ballot):
+  vote.calls += 1
+  return _vote(mesh, signal.SIGTERM if vote.calls == 6 else ballot)
+vote.calls = 0
+processes.vote = vote
+"""
+
 
 def start(experiment, workdir, prelude="", flags=(), **environ) -> subprocess.Popen:
   """Starts the command; `prelude` is Python that runs in its process before it."""

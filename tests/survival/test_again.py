@@ -8,7 +8,7 @@ from tiny import with_fields
 from chinchilla_jax.errors import AGAIN
 from chinchilla_jax.training import checkpoint
 from chinchilla_jax.training.run_folder import RunFolder
-from launch import assert_same_run, finish, records, run, start
+from launch import STOP_AT_6, assert_same_run, finish, records, run, start
 
 SLOW = """
 import time
@@ -51,16 +51,7 @@ def test_a_preempted_run_loses_no_step_and_is_bit_for_bit(tiny, tiny_run, tmp_pa
 def test_an_evaluation_that_a_stop_came_before_is_done_afterwards(tiny, tiny_run, tmp_path):
   """SIGTERM comes while step 6, whose evaluation is due, is computed: saved at once."""
   _, whole = tiny_run
-  stop = SLOW + """
-import os, signal
-from chinchilla_jax.parallel import processes
-_vote = processes.vote
-def vote(mesh, ballot):
-  vote.calls += 1
-  return _vote(mesh, signal.SIGTERM if vote.calls == 6 else ballot)
-vote.calls = 0
-processes.vote = vote
-"""
+  stop = SLOW + STOP_AT_6
   workdir = tmp_path / "run"
   status, text = run(tiny, workdir, stop)
   assert status == AGAIN and "saved at step 6" in text, text

@@ -15,7 +15,7 @@ from tiny import ROOT
 from chinchilla_jax import config_io
 from chinchilla_jax.training import checkpoint
 from chinchilla_jax.training.run_folder import RunFolder
-from launch import assert_same_run, run
+from launch import STOP_AT_6, assert_same_run, run
 
 # What never comes back, not even for a signal, and lets other threads run: a compiler at work.
 STUCK = """
@@ -111,20 +111,10 @@ def test_before_the_first_step(tiny, tiny_run, tmp_path, number, status, where):
 
 @pytest.mark.parametrize("where", ["thread", "evaluation"])
 def test_before_the_first_step_of_a_resumed_run(tiny, tiny_run, tmp_path, where):
-  """Killed before the evaluation that belongs to step 12, so that it is owed."""
+  """Stopped before the evaluation that belongs to step 6, so that it is owed."""
   _, whole = tiny_run
   workdir = tmp_path / "run"
-  die = """
-import os, signal
-from chinchilla_jax.parallel import processes
-_vote = processes.vote
-def vote(mesh, ballot):
-  vote.calls += 1
-  return _vote(mesh, signal.SIGTERM if vote.calls == 6 else ballot)
-vote.calls = 0
-processes.vote = vote
-"""
-  status, text = run(tiny, workdir, die)
+  status, text = run(tiny, workdir, STOP_AT_6)
   assert status == 75 and "saved at step 6" in text, text
   before = files(workdir / "checkpoints")
   assert checkpoint.progress(workdir / "checkpoints", 6)["owed"] == ["evaluation"]
