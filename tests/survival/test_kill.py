@@ -36,7 +36,7 @@ from chinchilla_jax.evaluation import held_out
 from chinchilla_jax.training import recorder, saving
 held_out.HeldOut.__call__ = _during("evaluation", held_out.HeldOut.__call__, "steps")
 saving.Saver._finish = _during("save", saving.Saver._finish, "steps")
-recorder.Recorder.step = _during("steps", recorder.Recorder.step)
+recorder.Recorder.step = _during("steps", recorder.Recorder.step, "steps")
 """
 
 
@@ -49,10 +49,12 @@ def phase_of(path) -> str:
 
 def kill_in(process, path, target, chance) -> str:
   """Kills a process some time into a phase; the phase it died in, "" if it ended before."""
+  longest = {"start-up": 4.0, "steps": 0.01, "save": 0.01, "evaluation": 0.03}[target]
   while process.poll() is None:
     if phase_of(path) == target:
-      longest = {"start-up": 4.0, "steps": 0.5, "save": 0.03, "evaluation": 0.03}[target]
       time.sleep(chance.random() * longest)
+      if phase_of(path) != target and target != "start-up":
+        continue  # It was over sooner than that: a phase that returns is waited for again.
       process.send_signal(signal.SIGKILL)
       process.wait()
       return phase_of(path) if process.returncode == -signal.SIGKILL else ""
