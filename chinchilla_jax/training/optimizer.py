@@ -15,6 +15,7 @@ parameter path: `optimizer.lr_patterns`, `optimizer.decay_patterns`, and the gro
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -52,13 +53,15 @@ class AdamW:
       state["master"] = weights
     return self.rounded(weights), state
 
-  def apply(self, grads: Tree, state: dict[str, Tree], params: Tree, step: jax.Array,
-            key: jax.Array, groups: tuple[tuple[str, Factors], ...] = (),
-            ) -> tuple[Tree, dict[str, Tree], dict[str, jax.Array]]:
-    """One update.
+  def propose(self, sums: Tree, share: Any, state: dict[str, Tree], params: Tree,
+              step: jax.Array, key: jax.Array, groups: tuple[tuple[str, Factors], ...] = (),
+              ) -> tuple[dict[str, jax.Array], Callable[[Any], tuple[Tree, dict[str, Tree]]]]:
+    """The norms of one update, and the update itself once they have been judged.
 
     Args:
-      grads: gradients of the mean loss, any float dtype.
+      sums: gradients of the loss summed over targets, any float dtype.
+      share: float32 scalar, what turns a sum into the mean: one over the weight of the targets.
+        Gradients of the mean would be one more array of 4 bytes a parameter in memory.
       state: the optimizer's state.
       params: the parameters.
       step: int32, steps before this one; the learning rate follows it, skipped ones included.
@@ -67,59 +70,62 @@ class AdamW:
         are any, every parameter must match one.
 
     Returns:
-      New parameters, new state, and float32 norms: `grad_norm` (before clipping),
-      `update_norm` (of the change of the float32 weights), `param_norm` (before the update),
-      and the learning rate before any factor.
+      (norms, take): float32 norms: `grad_norm` (before clipping), `update_norm` (of the change of
+      the float32 weights), `param_norm` (before the update), and the learning rate before any
+      factor. `take(good)` gives new parameters and new state where the bool scalar `good` is true
+      and the old ones, bit for bit, where it is not.
     """
     config = self.config
-    grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    sums = jax.tree.map(lambda g: g.astype(jnp.float32), sums)
     weights = state["master"] if self.has_master else jax.tree.map(
         lambda p: p.astype(jnp.float32), params)
-    grad_norm = optax.tree.norm(grads)
+    grad_norm, scale = optax.tree.norm(sums) * share, jnp.float32(share)
     if config.clip_norm:
-      scale = jnp.minimum(1.0, config.clip_norm / jnp.maximum(grad_norm, 1e-30))
-      grads = jax.tree.map(lambda g: g * scale, grads)
-
-    factors = patterns.match_tree(weights, groups, None if groups else Factors())
-    directions, new_state = self._adam(grads, state, factors)
+      scale *= jnp.minimum(1.0, config.clip_norm / jnp.maximum(grad_norm, 1e-30))
+    count = optax.safe_increment(state["count"])
     learning_rate = jnp.asarray(self.schedule(step), jnp.float32)
+    factors = patterns.match_tree(weights, groups, None if groups else Factors())
     lr = patterns.match_tree(weights, config.lr_patterns, 1.0)
     decay = patterns.match_tree(weights, config.decay_patterns, 0.0)
 
-    def update(u, w, lr, decay, group):
-      change = -learning_rate * (u + config.weight_decay * (decay * group.decay) * w)
-      return change if lr * group.lr == 1 else change * (lr * group.lr)
+    def moments(scale):
+      scaled = jax.tree.map(lambda g: g * scale, sums)
+      return {"mu": optax.tree.update_moment(scaled, state["mu"], config.b1, 1),
+              "nu": optax.tree.update_moment_per_elem_norm(scaled, state["nu"], config.b2, 2)}
 
-    updates = jax.tree.map(update, directions, weights, lr, decay, factors)
-    new_weights = jax.tree.map(jnp.add, weights, updates)
+    def updates(moments):
+      def update(mu, nu, w, lr, decay, group):
+        direction = mu / (jnp.sqrt(nu) + config.eps * group.eps)
+        change = -learning_rate * (direction + config.weight_decay * (decay * group.decay) * w)
+        return change if lr * group.lr == 1 else change * (lr * group.lr)
 
-    if self.has_master:
-      new_state["master"] = new_weights
-    if self.precision.rounding == "stochastic":
-      new_params = _stochastic_round_tree(new_weights, key)
-    else:
-      new_params = self.rounded(new_weights)
-    norms = {"grad_norm": grad_norm, "update_norm": optax.tree.norm(updates),
+      return jax.tree.map(update, optax.tree.bias_correction(moments["mu"], config.b1, count),
+                          optax.tree.bias_correction(moments["nu"], config.b2, count),
+                          weights, lr, decay, factors)
+
+    # A barrier for each leaf: XLA's CPU backend would else write every scalar of it as an array.
+    written = jax.tree.map(jax.lax.optimization_barrier, updates(moments(scale)))
+    norms = {"grad_norm": grad_norm, "update_norm": optax.tree.norm(written),
              "param_norm": optax.tree.norm(weights), "learning_rate": learning_rate}
-    return new_params, new_state, norms
 
+    def take(good):
+      keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+      # Everything is computed a second time: to hold new moments until the norm of the update is
+      # known would take 8 bytes a parameter and more passes over memory. The scale depends on
+      # `good`, so a compiler cannot make one computation of the two, and needs no copy of what it
+      # writes over: the norms have read it before.
+      new_state = keep(moments(jnp.where(good, scale, 0.0)), {k: state[k] for k in ("mu", "nu")})
+      new_state["count"] = jnp.where(good, count, state["count"])
+      new_weights = keep(jax.tree.map(jnp.add, weights, updates(new_state)), weights)
+      if self.has_master:
+        new_state["master"] = new_weights
+      if self.precision.rounding == "stochastic":
+        return keep(_stochastic_round_tree(new_weights, key), params), new_state
+      # Rounded weights, not chosen between new and old ones: where parameters are gathered, that
+      # would copy both.
+      return self.rounded(new_weights), new_state
 
-  def _adam(self, grads: Tree, state: dict[str, Tree], factors: Tree) -> tuple[Tree, dict]:
-    """Adam's directions and {count, mu, nu}; parameters of one epsilon go through it together."""
-    leaves, structure = jax.tree.flatten(grads)
-    mu, nu, groups = map(structure.flatten_up_to, (state["mu"], state["nu"], factors))
-    done = {}
-    for eps in dict.fromkeys(group.eps for group in groups):
-      here = [i for i, group in enumerate(groups) if group.eps == eps]
-      pick = lambda leaves, here=here: [leaves[i] for i in here]
-      adam = optax.scale_by_adam(self.config.b1, self.config.b2, self.config.eps * eps)
-      directions, moments = adam.update(
-          pick(leaves), optax.ScaleByAdamState(state["count"], pick(mu), pick(nu)))
-      count = moments.count
-      done |= dict(zip(here, zip(directions, moments.mu, moments.nu, strict=True), strict=True))
-    directions, mu, nu = (structure.unflatten(part)
-                          for part in zip(*(done[i] for i in sorted(done)), strict=True))
-    return directions, {"count": count, "mu": mu, "nu": nu}
+    return norms, take
 
 
 def _stochastic_round_tree(weights: Tree, key: jax.Array) -> Tree:

@@ -38,12 +38,13 @@ def loss_sums(experiment: schema.Experiment, params: Any, batch: Batch,
       batch["weights_bt"], experiment.loss.z_loss, experiment.loss.chunk, placement)
 
 
-def gradients(experiment: schema.Experiment, params: Any, batch: Batch,
-              layout: Layout | None = None):
-  """Gradient of the mean loss over a batch, summed over microbatches.
+def gradient_sums(experiment: schema.Experiment, params: Any, batch: Batch,
+                  layout: Layout | None = None):
+  """Gradient of the summed loss over a batch, summed over microbatches.
 
-  Every microbatch contributes the gradient of its *sum*; one division by the weight of the
-  whole batch follows, so ragged masks cannot weigh microbatches unequally (law 3).
+  Every microbatch contributes the gradient of its *sum*; whoever wants that of the mean divides
+  once by the weight of the whole batch, so ragged masks cannot weigh microbatches unequally
+  (law 3).
 
   Args:
     experiment: model, precision, loss, and how many microbatches a batch of this size has.
@@ -76,9 +77,15 @@ def gradients(experiment: schema.Experiment, params: Any, batch: Batch,
     # Every count-th sequence: a microbatch then has as many of each device as the batch has.
     parts = jax.tree.map(lambda a: a.reshape(-1, count, *a.shape[1:]).swapaxes(0, 1), batch)
     (grads, nll), _ = jax.lax.scan(accumulate, (zeros, jnp.float32(0)), parts)
-  divisor = jnp.maximum(weight, 1.0)
-  grads = jax.tree.map(lambda g: g.astype(jnp.float32) / divisor, settle(grads))
-  return grads, nll, weight
+  return settle(grads), nll, weight
+
+
+def gradients(experiment: schema.Experiment, params: Any, batch: Batch,
+              layout: Layout | None = None):
+  """(grads, nll, weight) as of `gradient_sums`, but the gradients those of the mean, float32."""
+  sums, nll, weight = gradient_sums(experiment, params, batch, layout)
+  share = 1.0 / jnp.maximum(weight, 1.0)
+  return jax.tree.map(lambda g: g.astype(jnp.float32) * share, sums), nll, weight
 
 
 def make_train_step(experiment: schema.Experiment, optimizer: AdamW, layout: Layout | None = None,
@@ -98,29 +105,23 @@ def make_train_step(experiment: schema.Experiment, optimizer: AdamW, layout: Lay
   root = jax.random.key(experiment.seed)
 
   def train_step(state: State, batch: Batch):
-    grads, nll, weight = gradients(experiment, state["params"], batch, layout)
+    sums, nll, weight = gradient_sums(experiment, state["params"], batch, layout)
+    share = 1.0 / jnp.maximum(weight, 1.0)
     key = jax.random.fold_in(root, state["step"])
-    params, optimizer_state, norms = optimizer.apply(
-        grads, state["optimizer"], state["params"], state["step"], key,
+    norms, take = optimizer.propose(
+        sums, share, state["optimizer"], state["params"], state["step"], key,
         parametrisation.groups(experiment.model))
     mean = nll / jnp.maximum(weight, 1.0)
-    # The old state is read by these norms and replaced after them, so XLA needs no copy of it.
     said = (nll, norms["grad_norm"], norms["update_norm"], norms["param_norm"])
     finite = jnp.all(jnp.isfinite(jnp.stack(said)))
     guard = state["guard"]
     stats, is_spike = spikes.judge(
         experiment.guard, guard, jnp.where(finite, mean, jnp.nan), norms["update_norm"],
         norms["learning_rate"])
-    good = finite & ~is_spike if experiment.guard.spikes == "skip" else finite
-    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
-    optimizer_state = keep(optimizer_state, state["optimizer"])
-    if optimizer.has_master:
-      # Not chosen between new and old ones: where parameters are gathered, that would copy both.
-      params = optimizer.rounded(optimizer_state["master"])
+    params, optimizer_state = take(
+        finite & ~is_spike if experiment.guard.spikes == "skip" else finite)
     if layout is not None:  # What is gathered has the dtype of the parameters, not the master's.
       params = layout.like_optimizer(params)
-    if not optimizer.has_master:
-      params = keep(params, state["params"])
     counts = {"nonfinite_run": jnp.where(finite, 0, guard["nonfinite_run"] + 1),
               "nonfinite_total": guard["nonfinite_total"] + jnp.where(finite, 0, 1),
               "spike_total": guard["spike_total"] + jnp.where(is_spike, 1, 0)}

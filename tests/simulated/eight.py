@@ -68,9 +68,9 @@ def batch_of(base: schema.Experiment, seed: int = 0) -> dict[str, np.ndarray]:
 class _Telling(optimizer.AdamW):
   """AdamW that hands out the gradients it was given, as one more metric."""
 
-  def apply(self, grads, *arguments):
-    params, state, norms = super().apply(grads, *arguments)
-    return params, state, norms | {"grads": grads}
+  def propose(self, sums, share, *arguments):
+    norms, take = super().propose(sums, share, *arguments)
+    return norms | {"grads": jax.tree.map(lambda g: g.astype("float32") * share, sums)}, take
 
 
 def adamw_of(base: schema.Experiment, kind=optimizer.AdamW) -> optimizer.AdamW:

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,9 +26,14 @@ def grads_of(seed):
   return jax.tree.map(lambda w: jnp.asarray(rng.normal(size=w.shape), jnp.float32), weights())
 
 
+def applied(adamw, grads, state, params, step, key, groups=(), good=True):
+  norms, take = adamw.propose(grads, 1.0, state, params, step, key, groups)
+  return *take(good), norms
+
+
 def run(adamw, start, grads, steps):
   params, state = adamw.init(start)
-  apply = jax.jit(adamw.apply)
+  apply = jax.jit(functools.partial(applied, adamw))
   for step in range(steps):
     params, state, norms = apply(grads(step), state, params, jnp.int32(step), jax.random.key(step))
   return params, state, norms
@@ -63,8 +70,8 @@ def test_parameters_are_always_the_master_cast():
   adamw = make()
   params, state = adamw.init(weights())
   for step in range(50):
-    params, state, _ = adamw.apply(grads_of(step), state, params, jnp.int32(step),
-                                   jax.random.key(0))
+    params, state, _ = applied(adamw, grads_of(step), state, params, jnp.int32(step),
+                               jax.random.key(0))
     for p, m in zip(jax.tree.leaves(params), jax.tree.leaves(state["master"]), strict=True):
       assert p.dtype == jnp.bfloat16 and m.dtype == jnp.float32
       np.testing.assert_array_equal(p, m.astype(jnp.bfloat16))
@@ -79,6 +86,30 @@ def test_an_update_below_half_an_ulp_moves_the_master_and_in_time_the_parameter(
   params, state, _ = run(adamw, start, constant, 100)
   assert params["w"][0] == 1 + 2**-7
   np.testing.assert_allclose(state["master"]["w"][0], 1.01, rtol=1e-3)
+
+
+@pytest.mark.parametrize("fields", [{}, {"rounding": "stochastic"}, {"parameters": "float32"}])
+def test_an_update_that_is_not_taken_changes_no_bit(fields):
+  adamw = make(clip_norm=1.0, weight_decay=0.1, **fields)
+  params, state, _ = run(adamw, weights(), grads_of, 3)
+  state["mu"]["norm"] = jnp.array([-0.0, 0.0, 1e-45, -1.0], jnp.float32)
+  bad = jax.tree.map(lambda g: g.at[0].set(jnp.nan), grads_of(3))
+  for grads in (grads_of(3), bad):
+    new = jax.jit(functools.partial(applied, adamw))(grads, state, params, jnp.int32(3),
+                                                     jax.random.key(3), good=jnp.bool(False))[:2]
+    for got, old in zip(jax.tree.leaves(new), jax.tree.leaves((params, state)), strict=True):
+      assert got.dtype == old.dtype and got.tobytes() == old.tobytes()
+
+
+def test_the_share_makes_the_gradients_of_the_mean():
+  adamw = make(lr=1e-2, parameters="float32", clip_norm=2.0)
+  params, state = adamw.init(weights())
+  sums = jax.tree.map(lambda g: 64 * g, grads_of(0))
+  want = applied(adamw, grads_of(0), state, params, jnp.int32(0), jax.random.key(0))
+  norms, take = adamw.propose(sums, 1 / 64, state, params, jnp.int32(0), jax.random.key(0))
+  for got, expected in zip(jax.tree.leaves((*take(True), norms)), jax.tree.leaves(want),
+                           strict=True):
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
 def test_without_master_or_noise_such_updates_would_be_lost():
