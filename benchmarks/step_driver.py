@@ -10,7 +10,8 @@ else that is printed goes to standard error.
 
 A step is the product's own: forward, backward, clipping, AdamW, guard, on random tokens whose
 transfer is part of the time. Matrices have no biases, as those of the projects beside it. On a CPU
-the sequences go through in two microbatches, which is faster there and takes less memory.
+the sequences go through in two microbatches, which is faster there and takes less memory; `small`
+has larger blocks of attention and smaller ones of the loss than the product's defaults.
 
 fp32 is float32 throughout. bf16 has bfloat16 activations and either the product's weights
 (bfloat16 with a float32 master, gradients in bfloat16, summed over microbatches in float32) or,
@@ -42,6 +43,9 @@ SHAPES = {
     "1.4b": dict(n_layers=24, d_model=2048, n_heads=16, head_dim=128, d_ff=8192, vocab=32000,
                  seq=2048, batch=8),
 }
+
+# What was fastest on two cores, where it is not the product's default (docs/performance.md).
+TUNED = {"small": {"attention_block": 256, "chunk": 512}}
 
 
 def build(shape: dict[str, int], args: argparse.Namespace):
@@ -135,9 +139,10 @@ def main() -> None:
   parser.add_argument("--parameters", choices=["float32", "bfloat16"],
                       help="by default float32 for fp32 and bfloat16 with a master for bf16")
   parser.add_argument("--remat", choices=["none", "dots", "full"], default="dots")
-  parser.add_argument("--attention-block", type=int, default=128, help="0: all rows")
-  parser.add_argument("--chunk", type=int, default=1024,
-                      help="tokens of the loss at a time; 0: all")
+  parser.add_argument("--attention-block", type=int,
+                      help="rows at a time, by default 128, for small 256; 0: all")
+  parser.add_argument("--chunk", type=int,
+                      help="tokens of the loss at a time, by default 1024, for small 512; 0: all")
   parser.add_argument("--batch", type=positive, help="sequences, by default those of the shape")
   parser.add_argument("--microbatches", type=positive, help="by default 2 on a CPU, else 1")
   parser.add_argument("--bias", action="store_true", help="the product's default: biases")
@@ -147,6 +152,9 @@ def main() -> None:
                       help="keep compiled programs and use kept ones, as `chinchilla train` does")
   parser.add_argument("--serve", action="store_true")
   args = parser.parse_args()
+  for name, value in ({"attention_block": 128, "chunk": 1024} | TUNED.get(args.shape, {})).items():
+    if getattr(args, name) is None:
+      setattr(args, name, value)
   for name in ("attention_block", "chunk", "warmup"):
     if getattr(args, name) < 0:
       parser.error(f"argument --{name.replace('_', '-')}: allowed is 0 and more")
